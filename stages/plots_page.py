@@ -1,0 +1,45 @@
+"""Write the page that `dvc plots show` and `dvc plots diff` fill, so that their charts draw offline.
+
+DVC's own page loads Vega from a content network; this one carries the same libraries, taken from
+the installed vl-convert-python.
+
+Reads  nothing
+Writes data/plots_page.html
+Params none
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import vl_convert
+
+from stages.lib.params import Params
+from stages.lib.stage_run import run_stage
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{refresh_tag}
+<title>Plots</title>
+<script>(function () {%s})();</script>
+<style>
+body { font-family: system-ui, sans-serif; margin: 1.5rem; }
+img { max-width: 100%%; }
+</style>
+</head>
+<body>
+{plot_divs}
+</body>
+</html>
+"""
+
+
+def main(params: Params) -> None:
+    bundle = vl_convert.javascript_bundle().replace("</script", "<\\/script")  # type: ignore[call-arg]
+    Path("data/plots_page.html").write_text(PAGE % bundle, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_stage("plots_page", (), main)
