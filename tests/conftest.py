@@ -1,0 +1,106 @@
+"""A small project in a temporary directory: real stages, a random base, a few drawn images."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageDraw
+
+from stages import encode_captions, encode_images, fetch_base, prepare, tokenize_captions, train
+from stages.lib.params import Params, read_params
+from tests.checkpoints import tiny_pipeline
+
+REPOSITORY = Path(__file__).parent.parent
+CAPTIONS = ("red cat", "dog", "rocket", "photo of a heart")
+SMALL = {
+    "prepare": {"source": "images", "validation_fraction": 0.3},
+    "encode_images": {"batch_size": 4, "num_reconstructions": 4},
+    "encode_captions": {"batch_size": 4},
+    "train": {
+        "train_batch_size": 4,
+        "max_train_steps": 6,
+        "lr_warmup_steps": 2,
+        "log_every_steps": 1,
+        "validation_every_steps": 3,
+        "checkpoint_every_steps": 2,
+    },
+    "validation": {"num_timesteps": 2, "batch_size": 4},
+    "evaluate": {
+        "prompts": ["red cat", "a dog of a rocket"],
+        "seeds": [0, 1],
+        "guidance_scale": [3.0],
+        "num_inference_steps": [2],
+        "batch_size": 3,
+        "num_contact_samples": 4,
+    },
+}
+
+
+def draw_image(seed: int, size: tuple[int, int] = (80, 72)) -> Image.Image:
+    """A picture of its own for each seed."""
+    random = np.random.default_rng(seed)
+    image = Image.new("RGB", size, tuple(random.integers(0, 255, 3).tolist()))
+    left, top = random.integers(0, 30, 2).tolist()
+    ImageDraw.Draw(image).ellipse(
+        (left, top, left + 40, top + 40), tuple(random.integers(0, 255, 3).tolist())
+    )
+    return image
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_params(**changes: dict) -> Params:
+    """params.yaml of the repository with `SMALL` and ``changes`` over it."""
+    document = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    for section in document:
+        document[section] |= SMALL.get(section, {}) | changes.get(section, {})
+    Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    return read_params()
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """params.yaml, a base in data/base and a folder of 12 images with captions; no stage has run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SD_WORK", str(tmp_path / ".work"))
+    monkeypatch.setenv("SD_WORKERS", "1")
+    tiny_pipeline(tmp_path / "data" / "tiny")
+    (tmp_path / "images").mkdir()
+    for seed in range(12):
+        draw_image(seed).save(tmp_path / "images" / f"{seed:02d}.png")
+        (tmp_path / "images" / f"{seed:02d}.txt").write_text(CAPTIONS[seed % len(CAPTIONS)])
+    params = write_params()
+    fetch_base.main(params)
+    return tmp_path
+
+
+def run_encoders(params: Params) -> None:
+    """All stages between the pairs and training."""
+    prepare.main(params)
+    tokenize_captions.main(params)
+    encode_captions.main(params)
+    encode_images.main(params)
+
+
+@pytest.fixture
+def encoded(project: Path) -> Path:
+    """As `project`, with everything encoded."""
+    run_encoders(read_params())
+    return project
+
+
+def run_train(**changes: object) -> None:
+    """Train in this process with `SMALL` and ``changes`` of the train section."""
+    params = read_params()
+    with torch.random.fork_rng():
+        train.main(dataclasses.replace(params, train=dataclasses.replace(params.train, **changes)))
