@@ -1,0 +1,109 @@
+"""Which samples a training step sees, and every random number it uses.
+
+Everything is a function of (seed, global_step): the batch of step 700 is the same after a resume,
+and on four processes, each of which takes its slice of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from stages.lib.draws import generator
+from stages.lib.params import Train
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What may be drawn.
+
+    Attributes:
+        sample_ids: S names.
+        latent_rows: (S,) int64 rows of the latents store.
+        caption_rows: for each sample the rows of its captions in the captions store.
+        empty_row: row of "" in the captions store.
+        num_views: views stored of each image.
+        latent_shape: (4, h, w).
+    """
+
+    sample_ids: list[str]
+    latent_rows: torch.Tensor
+    caption_rows: list[list[int]]
+    empty_row: int
+    num_views: int
+    latent_shape: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step's samples and draws; B is the effective batch size.
+
+    Attributes:
+        samples: (B,) int64 positions in the training set.
+        latent_rows, views, caption_rows, timesteps: (B,) int64.
+        posterior_noise, noise: (B, 4, h, w) float32, standard normal.
+    """
+
+    samples: torch.Tensor
+    latent_rows: torch.Tensor
+    views: torch.Tensor
+    caption_rows: torch.Tensor
+    timesteps: torch.Tensor
+    posterior_noise: torch.Tensor
+    noise: torch.Tensor
+
+    def part(self, index: int, num_parts: int) -> Batch:
+        """The ``index``-th of ``num_parts`` equal slices."""
+        return Batch(*(value.chunk(num_parts)[index] for value in vars(self).values()))
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``."""
+        return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+
+
+def draw_batch(
+    training_set: TrainingSet, options: Train, global_step: int, num_train_timesteps: int
+) -> Batch:
+    """Draw the batch of one optimizer step.
+
+    Samples follow one permutation an epoch, so that each is seen once before any is seen twice;
+    timesteps are uniform (Ho et al. 2020, algorithm 1); ``caption_dropout`` of the samples get the
+    empty caption (Ho and Salimans 2022, algorithm 1).
+    """
+    seed, batch_size = options.seed, options.train_batch_size
+    num_samples = len(training_set.sample_ids)
+    positions = range(global_step * batch_size, (global_step + 1) * batch_size)
+    samples = [_permutation(num_samples, seed, p // num_samples)[p % num_samples] for p in positions]
+    shape = (batch_size, *training_set.latent_shape)
+
+    def stream(purpose: str) -> torch.Generator:
+        return generator(seed, purpose, global_step)
+
+    choice = torch.rand(batch_size, generator=stream("caption")).tolist()
+    dropped = torch.rand(batch_size, generator=stream("caption dropout")) < options.caption_dropout
+    caption_rows = torch.tensor(
+        [_pick(training_set.caption_rows[sample], u) for sample, u in zip(samples, choice, strict=True)]
+    )
+    caption_rows[dropped] = training_set.empty_row
+    index = torch.tensor(samples)
+    return Batch(
+        samples=index,
+        latent_rows=training_set.latent_rows[index],
+        views=torch.randint(training_set.num_views, (batch_size,), generator=stream("view")),
+        caption_rows=caption_rows,
+        timesteps=torch.randint(num_train_timesteps, (batch_size,), generator=stream("timestep")),
+        posterior_noise=torch.randn(shape, generator=stream("posterior")),
+        noise=torch.randn(shape, generator=stream("noise")),
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(num_samples: int, seed: int, epoch: int) -> Sequence[int]:
+    return torch.randperm(num_samples, generator=generator(seed, "order", epoch)).tolist()
+
+
+def _pick(rows: list[int], u: float) -> int:
+    return rows[int(u * len(rows))]

@@ -1,0 +1,44 @@
+"""Training curves through DVCLive, replayed on resume so that no point is lost or shifted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dvclive import Live
+
+TRAINING = Path("data/training")
+
+
+class History:
+    """The points logged so far, in DVCLive's files and as plain data for the checkpoint.
+
+    Args:
+        directory: of DVCLive's metrics.json and plots.
+        points: of an earlier part of this run, logged again.
+        enabled: False in all processes but the first.
+    """
+
+    def __init__(self, directory: Path, points: list[tuple[int, dict[str, float]]], enabled: bool) -> None:
+        self.live = None
+        if enabled:
+            self.live = Live(
+                str(directory), dvcyaml=None, report=None, save_dvc_exp=False, monitor_system=False
+            )
+        self.points: list[tuple[int, dict[str, float]]] = []
+        for step, values in points:
+            self.log(step, values)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Add one point to each curve in ``values``."""
+        self.points.append((step, values))
+        if self.live is None:
+            return
+        self.live.step = step
+        for name, value in values.items():
+            self.live.log_metric(name, value)
+        self.live.make_summary()
+
+    def close(self) -> None:
+        """Finish the files."""
+        if self.live is not None:
+            self.live.end()

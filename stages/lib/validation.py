@@ -1,0 +1,71 @@
+"""The held-out loss that makes runs comparable: fixed samples, timesteps and noise."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+from stages.lib.conditioning import Conditioning
+from stages.lib.draws import generator
+from stages.lib.latents import Latents, sample_latents
+from stages.lib.objective import denoising_target, sample_losses
+from stages.lib.pairs import SampleCaptions
+from stages.lib.params import Validation
+
+
+def evenly_spaced_timesteps(num_timesteps: int, num_train_timesteps: int) -> list[int]:
+    """Midpoints of ``num_timesteps`` equal parts of the noise schedule."""
+    return [int((part + 0.5) * num_train_timesteps / num_timesteps) for part in range(num_timesteps)]
+
+
+@torch.no_grad()
+def validation_loss(
+    unet: torch.nn.Module,
+    scheduler: DDPMScheduler,
+    latents: Latents,
+    conditioning: Conditioning,
+    samples: list[SampleCaptions],
+    options: Validation,
+    device: torch.device,
+) -> dict[str, float]:
+    """Unweighted denoising loss on held-out samples, mean over samples and timesteps.
+
+    ``unet``, ``latents`` and ``conditioning`` are on ``device``.
+
+    Latents are the posterior's mode and the first caption is used; the noise is a function of
+    (seed, sample_id, timestep), so two runs, or two sets of parameters, see the same problems.
+
+    Returns:
+        ``{"validation_loss": loss}``, or nothing if no sample is held out.
+    """
+    held_out = [sample for sample in samples if sample.split == "validation"][: options.max_samples]
+    timesteps = evenly_spaced_timesteps(options.num_timesteps, scheduler.config.num_train_timesteps)
+    losses: list[float] = []
+    for start in range(0, len(held_out), options.batch_size):
+        batch = held_out[start : start + options.batch_size]
+        rows = latents.rows([sample.sample_id for sample in batch])
+        mean, logvar = latents.mean[rows, 0], latents.logvar[rows, 0]  # (B, 4, h, w)
+        mode = sample_latents(
+            mean, logvar, torch.zeros(mean.shape, device=device), latents.scaling_factor, latents.shift_factor
+        )
+        caption_rows = conditioning.rows([sample.captions[0] for sample in batch])
+        encoder_hidden_states = conditioning.encoder_hidden_states[caption_rows].float()
+        for timestep in timesteps:
+            noise = torch.stack(
+                [
+                    torch.randn(
+                        mode.shape[1:],
+                        generator=generator(options.seed, "validation", sample.sample_id, timestep),
+                    )
+                    for sample in batch
+                ]
+            )
+            noise = noise.to(device)  # (B, 4, h, w)
+            steps = torch.full((len(batch),), timestep, device=device)
+            noisy_latents = scheduler.add_noise(mode, noise, steps)
+            target = denoising_target(scheduler, mode, noise, steps)
+            model_pred = unet(noisy_latents, steps, encoder_hidden_states).sample
+            losses += sample_losses(model_pred, target).tolist()
+    return {"validation_loss": math.fsum(losses) / len(losses)} if losses else {}

@@ -1,0 +1,274 @@
+"""Fine-tune the UNet on latents drawn from stored moments. No VAE, no text encoder, no image is loaded.
+
+Reads  data/base/unet, data/base/scheduler, data/latents.zarr, data/captions.zarr, data/pairs/captions.parquet
+Writes data/unet (UNet2DConditionModel; the average's weights with use_ema), data/training (curves)
+Params train, validation
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from tqdm import tqdm
+
+from stages.lib.base_model import component_fingerprint, load_scheduler, load_unet
+from stages.lib.batches import Batch, TrainingSet, draw_batch
+from stages.lib.checkpoint import Checkpoints, TrainingState
+from stages.lib.conditioning import Conditioning, read_conditioning
+from stages.lib.ema import MovingAverage
+from stages.lib.errors import StageError
+from stages.lib.export import save_unet
+from stages.lib.history import TRAINING, History
+from stages.lib.latents import Latents, read_latents, sample_latents
+from stages.lib.objective import denoising_target, min_snr_weights, sample_losses, signal_to_noise
+from stages.lib.pairs import SampleCaptions, read_captions
+from stages.lib.params import Params, Train
+from stages.lib.stage_run import code_fingerprint, run_stage, work_root
+from stages.lib.validation import validation_loss
+from stages.lib.work import environment, fingerprint
+
+BASE, UNET, CAPTIONS = Path("data/base"), Path("data/unet"), Path("data/pairs/captions.parquet")
+logger = logging.getLogger(__name__)
+
+Losses = tuple[int, Batch, torch.Tensor]  # global_step, its part of the batch, loss of each sample
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: DDPMScheduler,
+    latents: Latents,
+    conditioning: Conditioning,
+    parts: list[Batch],
+    options: Train,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """One optimizer step over this process's parts of the batch.
+
+    Returns:
+        The unweighted loss of each sample of each part, (B,), and the gradient norm before clipping.
+    """
+    all_losses = []
+    for part in parts:
+        with accelerator.accumulate(model):
+            mean = latents.mean[part.latent_rows, part.views]  # (B, 4, h, w)
+            logvar = latents.logvar[part.latent_rows, part.views]
+            model_input = sample_latents(
+                mean, logvar, part.posterior_noise, latents.scaling_factor, latents.shift_factor
+            )
+            noisy_latents = scheduler.add_noise(model_input, part.noise, part.timesteps)
+            target = denoising_target(scheduler, model_input, part.noise, part.timesteps)
+
+            encoder_hidden_states = conditioning.encoder_hidden_states[
+                part.caption_rows
+            ].float()  # (B, 77, D)
+            model_pred = model(noisy_latents, part.timesteps, encoder_hidden_states).sample
+
+            losses = sample_losses(model_pred, target)  # (B,)
+            snr = signal_to_noise(scheduler.alphas_cumprod, part.timesteps)
+            weights = min_snr_weights(snr, options.snr_gamma, scheduler.config.prediction_type)
+            accelerator.backward((losses * weights).mean())
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        all_losses.append(losses.detach())
+    return all_losses, grad_norm
+
+
+def main(params: Params) -> None:
+    options = params.train
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+    )
+    device, is_main = accelerator.device, accelerator.is_main_process
+    num_parts = check_batch_size(options, accelerator.num_processes)
+    samples = read_captions(CAPTIONS)
+    latents, conditioning = read_latents(), read_conditioning()
+    data = training_set(samples, latents, conditioning)
+    scheduler, unet = load_scheduler(BASE), load_unet(BASE)
+    check_shapes(unet, latents, conditioning)
+    lineage = lineage_of(params, samples, latents, conditioning, scheduler)
+    checkpoints = Checkpoints(work_root(), fingerprint([lineage, machine(accelerator), code_fingerprint()]))
+
+    unet.train().to(device, memory_format=memory_format(options))
+    optimizer = adamw(unet, options)
+    lr_scheduler = get_scheduler(
+        options.lr_scheduler,
+        optimizer,
+        num_warmup_steps=options.lr_warmup_steps,
+        num_training_steps=options.max_train_steps,
+    )
+    ema = MovingAverage(unet.parameters(), options.ema_decay) if options.use_ema else None
+    exported = ema.applied if ema else contextlib.nullcontext
+    state = TrainingState(unet, optimizer, lr_scheduler, ema, accelerator.scaler)
+    model, optimizer = accelerator.prepare(unet, optimizer)
+    first_step, points = state.restore(checkpoints.load_latest())
+    history = History(TRAINING, points, enabled=is_main)
+    latents, conditioning = latents.to(device), conditioning.to(device)
+
+    unchecked: list[Losses] = []
+    progress = progress_bar(options, first_step, is_main)
+    for global_step in range(first_step, options.max_train_steps):
+        batch = draw_batch(data, options, global_step, scheduler.config.num_train_timesteps)
+        mine = range(accelerator.process_index, num_parts, accelerator.num_processes)
+        parts = [batch.part(index, num_parts).to(device) for index in mine]
+        losses, grad_norm = train_step(
+            accelerator, model, optimizer, scheduler, latents, conditioning, parts, options
+        )
+        unchecked += [(global_step, part, loss) for part, loss in zip(parts, losses, strict=True)]
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        lr_scheduler.step()
+        if ema:
+            ema.update()
+        progress.update(options.train_batch_size)
+
+        num_steps = global_step + 1
+        is_last = num_steps == options.max_train_steps
+        validate = is_last or num_steps % options.validation_every_steps == 0
+        checkpoint = is_last or num_steps % options.checkpoint_every_steps == 0
+        if validate or checkpoint or num_steps % options.log_every_steps == 0:
+            check_finite(unchecked, data.sample_ids, checkpoints)
+            train_loss = torch.cat([loss for _, _, loss in unchecked]).mean()
+            point = {"train_loss": accelerator.reduce(train_loss, "mean").item(), "lr": learning_rate}
+            point["grad_norm"] = float(grad_norm)
+            unchecked.clear()
+            if validate and is_main:
+                with exported():
+                    point |= validation_loss(
+                        unet, scheduler, latents, conditioning, samples, params.validation, device
+                    )
+            history.log(num_steps, point)
+            if checkpoint and is_main:
+                checkpoints.save(num_steps, {"points": history.points, **state.capture()})
+    progress.close()
+    history.close()
+    if is_main:
+        with exported():
+            save_unet(unet, UNET, lineage)
+
+
+def training_set(samples: list[SampleCaptions], latents: Latents, conditioning: Conditioning) -> TrainingSet:
+    """The samples of the training split, joined to their latents and captions by name."""
+    chosen = [sample for sample in samples if sample.split == "train"]
+    return TrainingSet(
+        sample_ids=[sample.sample_id for sample in chosen],
+        latent_rows=latents.rows([sample.sample_id for sample in chosen]),
+        caption_rows=[conditioning.rows(list(sample.captions)).tolist() for sample in chosen],
+        empty_row=conditioning.empty_row,
+        num_views=latents.mean.shape[1],
+        latent_shape=latents.mean.shape[2:],
+    )
+
+
+def check_batch_size(options: Train, num_processes: int) -> int:
+    """The number of equal parts an optimizer step's batch is split into."""
+    num_parts = num_processes * options.gradient_accumulation_steps
+    if options.train_batch_size % num_parts:
+        raise StageError(
+            f"params.yaml: train.train_batch_size {options.train_batch_size} cannot be split over "
+            f"{num_processes} processes x {options.gradient_accumulation_steps} accumulation steps; "
+            f"use a multiple of {num_parts}"
+        )
+    return num_parts
+
+
+def check_shapes(unet: UNet2DConditionModel, latents: Latents, conditioning: Conditioning) -> None:
+    """Raise StageError if the stores were not made for this UNet."""
+    channels, width = latents.mean.shape[2], conditioning.encoder_hidden_states.shape[2]
+    for store, got, expected in (
+        ("data/latents.zarr: channels", channels, unet.config.in_channels),
+        ("data/captions.zarr: width", width, unet.config.cross_attention_dim),
+    ):
+        if got != expected:
+            raise StageError(f"{store} {got}, data/base/unet takes {expected}; run `dvc repro`")
+
+
+def check_finite(unchecked: list[Losses], names: list[str], checkpoints: Checkpoints) -> None:
+    """Raise StageError naming the first step and samples whose loss is not finite."""
+    for global_step, part, losses in unchecked:
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            culprits = ", ".join(f"{names[part.samples[i]]} (timestep {part.timesteps[i]})" for i in bad)
+            kept = checkpoints.paths()
+            raise StageError(
+                f"non-finite loss at step {global_step}: {culprits}; last good checkpoint: "
+                f"{kept[-1] if kept else 'none yet'}; lower train.learning_rate, or set "
+                'train.mixed_precision to bf16 or "no"'
+            )
+
+
+def adamw(unet: torch.nn.Module, options: Train) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) over all weights, as one fused kernel."""
+    return torch.optim.AdamW(
+        unet.parameters(),
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon,
+        fused=True,
+    )
+
+
+def memory_format(options: Train) -> torch.memory_format:
+    return torch.channels_last if options.channels_last else torch.preserve_format
+
+
+def lineage_of(
+    params: Params,
+    samples: list[SampleCaptions],
+    latents: Latents,
+    conditioning: Conditioning,
+    scheduler: DDPMScheduler,
+) -> dict[str, str]:
+    """What the trained weights were made from; it travels in their safetensors metadata."""
+    sections = {"train": vars(params.train), "validation": vars(params.validation)}
+    return {
+        "base_unet": component_fingerprint(BASE / "unet"),
+        "scheduler": fingerprint(dict(scheduler.config)),
+        "prediction_type": scheduler.config.prediction_type,
+        "latents": latents.fingerprint,
+        "captions": conditioning.fingerprint,
+        "pairs": fingerprint([dataclasses.astuple(sample) for sample in samples]),
+        "params": json.dumps(sections, sort_keys=True),
+    }
+
+
+def machine(accelerator: Accelerator) -> dict[str, str | int]:
+    """What changes floating-point results, so that a checkpoint is resumed only where it was made."""
+    device = accelerator.device
+    return {
+        **environment("diffusers", "accelerate"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "num_threads": torch.get_num_threads(),
+        "num_processes": accelerator.num_processes,
+    }
+
+
+def progress_bar(options: Train, first_step: int, enabled: bool) -> tqdm:
+    """Images/s and time left over the whole run."""
+    total, done = (steps * options.train_batch_size for steps in (options.max_train_steps, first_step))
+    return tqdm(
+        desc="train",
+        total=total,
+        initial=done,
+        unit=" images",
+        mininterval=1.0,
+        file=sys.stderr,
+        disable=not enabled,
+    )
+
+
+if __name__ == "__main__":
+    run_stage("train", ("train", "validation"), main)

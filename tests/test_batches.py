@@ -1,0 +1,98 @@
+"""Draws are functions of (seed, step): nothing else moves them."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.lib.batches import TrainingSet, draw_batch
+from stages.lib.draws import generator, unit_interval
+from stages.lib.params import read_params
+
+OPTIONS = dataclasses.replace(
+    read_params(Path(__file__).parent.parent / "params.yaml").train, train_batch_size=8, caption_dropout=0.0
+)
+
+
+def training_set(num_samples: int = 20, captions: int = 1) -> TrainingSet:
+    return TrainingSet(
+        sample_ids=[f"{index}.png" for index in range(num_samples)],
+        latent_rows=torch.arange(num_samples) + 100,
+        caption_rows=[[1 + index * captions + k for k in range(captions)] for index in range(num_samples)],
+        empty_row=0,
+        num_views=2,
+        latent_shape=(4, 2, 2),
+    )
+
+
+def draw(step: int, **changes: object):
+    return draw_batch(training_set(), dataclasses.replace(OPTIONS, **changes), step, 1000)
+
+
+def test_the_same_step_is_the_same_batch_and_another_is_not():
+    first, again, other = draw(3), draw(3), draw(4)
+    for name, value in vars(first).items():
+        assert torch.equal(value, getattr(again, name)), name
+    for name in ("samples", "timesteps", "noise", "posterior_noise"):
+        assert not torch.equal(getattr(first, name), getattr(other, name)), name
+        assert not torch.equal(getattr(first, name), getattr(draw(3, seed=1), name)), name
+
+
+def test_noise_and_posterior_noise_are_independent_standard_normals():
+    noise = torch.cat([draw(step).noise.flatten() for step in range(200)])
+    posterior = torch.cat([draw(step).posterior_noise.flatten() for step in range(200)])
+    assert abs(noise.mean()) < 0.03
+    assert noise.std() == pytest.approx(1.0, abs=0.03)
+    assert abs((noise * posterior).mean()) < 0.03
+
+
+def test_an_epoch_sees_every_sample_once_in_an_order_of_its_own():
+    seen = torch.cat([draw(step).samples for step in range(5)]).tolist()  # two epochs of 20
+    assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20))
+    assert seen[:20] != seen[20:]
+
+
+def test_rows_follow_the_sample():
+    batch = draw(0)
+    assert torch.equal(batch.latent_rows, batch.samples + 100)
+    assert torch.equal(batch.caption_rows, batch.samples + 1)
+
+
+def test_parts_are_the_whole_batch_in_order():
+    batch = draw(2)
+    parts = [batch.part(index, 4) for index in range(4)]
+    for name, value in vars(batch).items():
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), value), name
+
+
+def test_timesteps_and_views_cover_their_range():
+    timesteps = torch.cat([draw(step).timesteps for step in range(500)])
+    assert timesteps.min() >= 0
+    assert timesteps.max() <= 999
+    assert timesteps.float().mean() == pytest.approx(499.5, abs=15)
+    assert set(torch.cat([draw(step).views for step in range(20)]).tolist()) == {0, 1}
+
+
+def test_caption_dropout_takes_the_empty_row_at_its_rate():
+    rows = torch.cat([draw(step, caption_dropout=0.25).caption_rows for step in range(300)])
+    assert (rows == 0).float().mean() == pytest.approx(0.25, abs=0.03)
+    assert (draw(0, caption_dropout=1.0).caption_rows == 0).all()
+
+
+def test_each_of_several_captions_is_chosen():
+    data = training_set(num_samples=2, captions=3)
+    rows = {row for step in range(50) for row in draw_batch(data, OPTIONS, step, 1000).caption_rows.tolist()}
+    assert rows == {1, 2, 3, 4, 5, 6}
+
+
+def test_streams_differ_by_purpose_and_key():
+    draws = [
+        torch.rand((), generator=generator(*key)).item()
+        for key in ((0, "noise", 1), (0, "noise", 2), (0, "order", 1), (1, "noise", 1), (0, "noise", "1"))
+    ]
+    assert len(set(draws)) == 5
+    values = [unit_interval(0, "split", str(index)) for index in range(2000)]
+    assert min(values) >= 0
+    assert max(values) < 1
+    assert sum(values) / 2000 == pytest.approx(0.5, abs=0.03)
