@@ -299,7 +299,7 @@ def load_vae(base: Path) -> AutoencoderKL:
 
 
 def load_unet(base: Path) -> UNet2DConditionModel:
-    """The base's UNet: CPU, float32, eval mode."""
+    """The UNet in ``base/unet``; the trained one is that of the base ``data``. CPU, float32, eval mode."""
     import torch
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 

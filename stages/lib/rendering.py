@@ -35,10 +35,10 @@ def settings(options: Evaluate) -> list[Setting]:
 
 
 def load_pipeline(base: Path, unet: Path) -> StableDiffusionPipeline:
-    """The base's pipeline in float32 with the UNet of a directory, on the GPU where there is one."""
+    """The base's pipeline in float32 with the UNet of ``unet``, on the GPU where there is one."""
     pipeline = StableDiffusionPipeline.from_pretrained(
         base,
-        unet=load_unet(unet),
+        unet=load_unet(unet.parent),
         safety_checker=None,
         requires_safety_checker=False,
         use_safetensors=True,

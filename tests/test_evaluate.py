@@ -1,0 +1,167 @@
+"""Pictures equal a stock pipeline's, numbers equal a hand computation, and both formats run through."""
+
+import csv
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+from stages import evaluate
+from stages.lib.conditioning import read_conditioning
+from stages.lib.draws import generator
+from stages.lib.grids import Row, draw_grid
+from stages.lib.latents import read_latents
+from stages.lib.pairs import read_captions
+from stages.lib.params import read_params
+from stages.lib.stores import content_fingerprint
+from tests.conftest import draw_image, run_encoders, run_train, write_params
+
+
+@pytest.fixture
+def evaluated(encoded):
+    run_train(learning_rate=1e-2)
+    params = read_params()
+    evaluate.main(params, "baseline")
+    evaluate.main(params, "evaluate")
+    return encoded
+
+
+def read_json(path: str) -> dict:
+    return json.loads(Path(path).read_text())
+
+
+def test_a_stock_pipeline_reproduces_the_pictures(evaluated):
+    stock = StableDiffusionPipeline.from_pretrained(
+        "data/base", safety_checker=None, torch_dtype=torch.float32
+    )
+    stock.unet = UNet2DConditionModel.from_pretrained("data/unet")
+    for index, prompt in enumerate(read_params().evaluate.prompts):
+        for seed in (0, 1):
+            picture = stock(
+                prompt, generator=torch.Generator().manual_seed(seed), guidance_scale=3.0, num_inference_steps=2,
+                height=64, width=64,
+            ).images[0]  # fmt: skip
+            ours = Image.open(f"data/evaluation/samples/guidance3_steps2/prompt{index:02d}_seed{seed}.png")
+            difference = np.abs(np.asarray(picture, int) - np.asarray(ours, int))
+            assert difference.max() <= 1, (prompt, seed)
+
+
+def test_base_and_tuned_differ_and_a_second_run_is_identical(evaluated):
+    name = "samples/guidance3_steps2/prompt00_seed0.png"
+    assert Path("data/baseline", name).read_bytes() != Path("data/evaluation", name).read_bytes()
+    first = content_fingerprint(Path("data/evaluation")), content_fingerprint(Path("data/baseline"))
+    evaluate.main(read_params(), "baseline")
+    evaluate.main(read_params(), "evaluate")
+    assert (content_fingerprint(Path("data/evaluation")), content_fingerprint(Path("data/baseline"))) == first
+
+
+def test_validation_loss_equals_a_hand_computation(evaluated):
+    unet = UNet2DConditionModel.from_pretrained("data/unet").eval()
+    scheduler = DDPMScheduler.from_pretrained("data/base/scheduler")
+    latents, conditioning = read_latents(), read_conditioning()
+    losses = []
+    for sample in read_captions(Path("data/pairs/captions.parquet")):
+        if sample.split != "validation":
+            continue
+        row = latents.sample_ids.index(sample.sample_id)
+        scaled = latents.mean[row, 0].float()[None] * 0.5
+        hidden = conditioning.encoder_hidden_states[conditioning.row_of[sample.captions[0]]].float()[None]
+        for timestep in (250, 750):
+            noise = torch.randn(
+                (4, 16, 16), generator=generator(0, "validation", sample.sample_id, timestep)
+            )[None]
+            noisy = scheduler.add_noise(scaled, noise, torch.tensor([timestep]))
+            with torch.no_grad():
+                prediction = unet(noisy, timestep, hidden).sample
+            losses.append(float(F.mse_loss(prediction.double(), noise.double())))
+    metrics = read_json("data/evaluation/metrics.json")
+    assert losses
+    assert metrics["tuned_validation_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert metrics["base_validation_loss"] == read_json("data/baseline/metrics.json")["base_validation_loss"]
+    change = metrics["tuned_validation_loss"] / metrics["base_validation_loss"] - 1
+    assert metrics["validation_loss_change"] == pytest.approx(change)
+    training = read_json("data/training/metrics.json")
+    assert training["validation_loss"] == pytest.approx(metrics["tuned_validation_loss"], rel=1e-5)
+
+
+def test_the_grid_places_example_base_and_tuned_side_by_side(evaluated):
+    grid = np.asarray(Image.open("data/evaluation/grids/guidance3_steps2.png"))
+
+    def cell(row: int, column: int) -> np.ndarray:
+        side, margin, left = 128, 6, 150
+        bottom = grid.shape[0] - (2 - row) * (side + margin)
+        return grid[bottom : bottom + side, left + column * (side + margin) :][:, :side]
+
+    def enlarged(path: str) -> np.ndarray:
+        return np.asarray(Image.open(path)).repeat(2, axis=0).repeat(2, axis=1)
+
+    for row in (0, 1):
+        for seed in (0, 1):
+            name = f"samples/guidance3_steps2/prompt{row:02d}_seed{seed}.png"
+            assert np.array_equal(cell(row, 1 + seed), enlarged(f"data/baseline/{name}"))
+            assert np.array_equal(cell(row, 3 + seed), enlarged(f"data/evaluation/{name}"))
+    assert len(np.unique(cell(0, 0).reshape(-1, 3), axis=0)) > 1  # "red cat" is a training caption
+    assert (cell(1, 0) == 0xE6).all()  # the other prompt is not
+    assert (grid[:, :150] < 128).any()  # labels are drawn
+
+
+def test_contact_sheet_shows_images_and_reconstructions(evaluated):
+    sheet = Image.open("data/baseline/contact_sheet.png")
+    assert sheet.width == 2 * (150 + 2 * 134 + 6)
+    assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 100
+
+
+def test_pictures_do_not_depend_on_the_other_prompts(evaluated):
+    before = Path("data/baseline/samples/guidance3_steps2/prompt01_seed1.png").read_bytes()
+    evaluate.main(write_params(evaluate={"prompts": ["rocket", "a dog of a rocket", "heart"]}), "baseline")
+    assert Path("data/baseline/samples/guidance3_steps2/prompt01_seed1.png").read_bytes() == before
+
+
+def test_long_labels_are_wrapped_inside_their_cell():
+    picture = Image.new("RGB", (64, 64))
+    grid = draw_grid("t", ["a" * 60], [Row("word " * 30, [picture]), Row("x" * 90, [None])])
+    assert grid.size[0] == 150 + 134 + 6
+    assert (np.asarray(grid)[-130:-2, 145:149] == 255).all()
+
+
+@pytest.mark.parametrize("form", ["tutorial", "imagefolder"])
+def test_both_common_formats_run_through_to_a_grid(project, form):
+    captions = {f"{index}.png": f"a photo of a {'cat' if index % 2 else 'dog'}" for index in range(10)}
+    source = Path("mine")
+    if form == "tutorial":
+        (source / "images").mkdir(parents=True)
+        with open(source / "data.csv", "w", newline="") as handle:
+            writer = csv.writer(handle)
+            writer.writerow(["image_path", "caption"])
+            for index, (name, caption) in enumerate(captions.items()):
+                draw_image(index).save(source / "images" / name)
+                writer.writerow([f"images/{name}", caption])
+        with tarfile.open("mine.tar.gz", "w:gz") as archive:
+            archive.add(source, "mine")
+        source = Path("mine.tar.gz")
+    else:
+        import datasets
+
+        images = [draw_image(index) for index in range(10)]
+        table = datasets.Dataset.from_dict({"image": images, "text": list(captions.values())})
+        table = table.cast_column("image", datasets.Image())
+        (source / "train").mkdir(parents=True)
+        rows = []
+        for index, example in enumerate(table):
+            example["image"].save(source / "train" / f"{index}.png")
+            rows.append({"file_name": f"{index}.png", "text": example["text"]})
+        datasets.Dataset.from_list(rows).to_json(source / "train" / "metadata.jsonl")
+    params = write_params(prepare={"source": str(source)})
+    run_encoders(params)
+    run_train()
+    evaluate.main(params, "baseline")
+    evaluate.main(params, "evaluate")
+    assert read_json("data/prepare_metrics.json")["num_samples"] == 10
+    assert Image.open("data/evaluation/grids/guidance3_steps2.png").width > 600
+    assert read_json("data/evaluation/metrics.json")["tuned_validation_loss"] > 0

@@ -1,0 +1,220 @@
+"""The training stage: its loss against diffusers, exact resume, clear stops, lean imports."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from safetensors.torch import load_file, save_file
+
+from stages import train
+from stages.lib.base_model import load_scheduler, load_unet
+from stages.lib.batches import draw_batch
+from stages.lib.checkpoint import Checkpoints
+from stages.lib.conditioning import read_conditioning
+from stages.lib.errors import StageError
+from stages.lib.export import read_lineage
+from stages.lib.latents import read_latents
+from stages.lib.pairs import read_captions
+from stages.lib.params import read_params
+from stages.lib.stores import content_fingerprint
+from tests.conftest import REPOSITORY, run_train, write_params
+
+CURVES = ("train_loss", "validation_loss", "lr", "grad_norm")
+
+
+def outputs() -> str:
+    return content_fingerprint(Path("data/unet")) + content_fingerprint(Path("data/training"))
+
+
+def set_prediction_type(prediction_type: str) -> None:
+    path = Path("data/base/scheduler/scheduler_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": prediction_type}))
+
+
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_one_step_equals_the_step_of_diffusers_script(encoded, prediction_type, snr_gamma):
+    """The formulas of diffusers' train_text_to_image.py on the same latents, noise and timesteps."""
+    set_prediction_type(prediction_type)
+    options = write_params(train={"snr_gamma": snr_gamma, "caption_dropout": 0.0}).train
+    latents, conditioning = read_latents(), read_conditioning()
+    data = train.training_set(read_captions(Path("data/pairs/captions.parquet")), latents, conditioning)
+    batch = draw_batch(data, options, 0, 1000)
+    unet = load_unet(Path("data/base"))
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate)
+    losses, grad_norm = train.train_step(
+        Accelerator(cpu=True), unet, optimizer, load_scheduler(Path("data/base")),
+        latents, conditioning, [batch], options,
+    )  # fmt: skip
+
+    reference = UNet2DConditionModel.from_pretrained("data/base/unet")
+    scheduler = DDPMScheduler.from_pretrained("data/base/scheduler")
+    moments = latents.mean[batch.latent_rows, 0].float(), latents.logvar[batch.latent_rows, 0].float()
+    scaled = (moments[0] + torch.exp(0.5 * moments[1]) * batch.posterior_noise) * 0.5
+    noisy = scheduler.add_noise(scaled, batch.noise, batch.timesteps)
+    hidden = conditioning.encoder_hidden_states[batch.caption_rows].float()
+    prediction = reference(noisy, batch.timesteps, hidden).sample
+    target = batch.noise
+    if prediction_type == "v_prediction":
+        target = scheduler.get_velocity(scaled, batch.noise, batch.timesteps)
+    if snr_gamma is None:
+        loss = F.mse_loss(prediction.float(), target.float(), reduction="mean")
+    else:
+        snr = compute_snr(scheduler, batch.timesteps)
+        weights = torch.stack([snr, snr_gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0]
+        weights = weights / (snr + 1 if prediction_type == "v_prediction" else snr)
+        each = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        loss = (each * weights).mean()
+    loss.backward()
+    expected_norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+
+    torch.testing.assert_close(losses[0].mean(), F.mse_loss(prediction, target), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad_norm, expected_norm, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_changes_the_weights_by_rounding_alone(encoded):
+    write_params()
+    run_train()
+    whole = load_file("data/unet/diffusion_pytorch_model.safetensors")
+    run_train(gradient_accumulation_steps=4)
+    parts = load_file("data/unet/diffusion_pytorch_model.safetensors")
+    base = load_file("data/base/unet/diffusion_pytorch_model.safetensors")
+    moved = max((whole[name] - base[name]).abs().max() for name in whole)
+    apart = max((whole[name] - parts[name]).abs().max() for name in whole)
+    assert apart < 0.02 * moved
+
+
+def test_outputs_and_curves(encoded):
+    run_train()
+    unet = UNet2DConditionModel.from_pretrained("data/unet")
+    assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
+    lineage = read_lineage(Path("data/unet"))
+    assert lineage["prediction_type"] == "epsilon"
+    assert lineage["latents"] == read_latents().fingerprint
+    metrics = json.loads(Path("data/training/metrics.json").read_text())
+    assert metrics["step"] == 6
+    assert set(CURVES) <= set(metrics)
+    lr = Path("data/training/plots/metrics/lr.tsv").read_text().splitlines()
+    assert lr[0].split() == ["step", "lr"]
+    steps, rates = zip(*(map(float, line.split()) for line in lr[1:]), strict=True)
+    assert steps == (1, 2, 3, 4, 5, 6)
+    assert rates[:3] == pytest.approx((0, 1.5e-4, 3e-4))  # two warm-up steps, then the peak
+    assert len(Path("data/training/plots/metrics/validation_loss.tsv").read_text().splitlines()) == 3
+
+
+def test_the_average_is_exported_or_the_live_weights(encoded):
+    run_train(use_ema=True)
+    average = load_file("data/unet/diffusion_pytorch_model.safetensors")
+    run_train(use_ema=False)
+    live = load_file("data/unet/diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(average[name], live[name]) for name in live)
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kill_at", [1, 3, 5])
+def test_a_killed_run_resumes_bit_for_bit(encoded, monkeypatch, kill_at):
+    run_train()
+    undisturbed = outputs()
+    shutil.rmtree(".work/train")
+    calls = []
+
+    def stop(training_set, options, global_step, num_train_timesteps):
+        calls.append(global_step)
+        if global_step == kill_at and len(calls) <= kill_at + 1:
+            raise StopError
+        return draw_batch(training_set, options, global_step, num_train_timesteps)
+
+    monkeypatch.setattr(train, "draw_batch", stop)
+    with pytest.raises(StopError):
+        run_train()
+    shutil.rmtree("data/training", ignore_errors=True)  # DVC removes outputs when a stage starts
+    run_train()
+    assert outputs() == undisturbed
+    assert calls[kill_at + 1] == kill_at // 2 * 2  # continued from the last checkpoint, not from zero
+
+
+def test_a_finished_run_is_exported_again_without_training(encoded, monkeypatch):
+    run_train()
+    first = outputs()
+    monkeypatch.setattr(train, "train_step", None)
+    run_train()
+    assert outputs() == first
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 1e-4}, {"seed": 1}, {"caption_dropout": 0.5}])
+def test_a_changed_value_starts_anew(encoded, change):
+    run_train()
+    first = outputs()
+    run_train(**change)
+    assert outputs() != first
+    assert len(list(Path(".work/train").iterdir())) == 2
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(encoded):
+    run_train()
+    first = outputs()
+    (directory,) = Path(".work/train").iterdir()
+    newest = sorted(directory.glob("*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    run_train()
+    assert outputs() == first
+
+
+def test_checkpoints_keep_the_last_two(tmp_path):
+    checkpoints = Checkpoints(tmp_path, "f" * 64)
+    for step in (2, 4, 6):
+        checkpoints.save(step, {"value": torch.tensor(step)})
+    assert [path.name for path in checkpoints.paths()] == ["step-00000004.pt", "step-00000006.pt"]
+    assert checkpoints.load_latest()["value"] == 6
+
+
+def test_a_non_finite_loss_names_step_samples_and_checkpoint(encoded):
+    path = Path("data/base/unet/diffusion_pytorch_model.safetensors")
+    weights = load_file(path)
+    weights["conv_out.bias"][0] = float("nan")
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(StageError, match=r"non-finite loss at step 0: \d\d\.png \(timestep \d+\).*none yet"):
+        run_train()
+
+
+def test_stores_of_another_model_are_refused(encoded):
+    config = UNet2DConditionModel.load_config("data/base/unet")
+    UNet2DConditionModel.from_config(config, cross_attention_dim=16).save_pretrained("data/base/unet")
+    with pytest.raises(StageError, match=r"captions\.zarr: width 32, data/base/unet takes 16"):
+        run_train()
+
+
+def test_a_batch_that_cannot_be_split_is_refused(encoded):
+    with pytest.raises(StageError, match="cannot be split over 3 processes x 1"):
+        train.check_batch_size(read_params().train, 3)
+
+
+def test_the_process_loads_no_vae_no_text_encoder_and_no_image_codec(encoded):
+    write_params(train={"max_train_steps": 1, "lr_warmup_steps": 0})
+    script = """
+import runpy, sys
+runpy.run_module("stages.train", run_name="__main__")
+unwanted = (
+    "diffusers.models.autoencoders.", "transformers.models.clip.modeling",
+    "PIL.PngImagePlugin", "PIL.JpegImagePlugin",
+)
+loaded = [name for name in sys.modules if name.startswith(unwanted)]
+assert not loaded, loaded
+assert "diffusers.models.unets.unet_2d_condition" in sys.modules
+"""
+    environment = {"PYTHONPATH": str(REPOSITORY), "SD_WORK": ".work", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
