@@ -9,19 +9,21 @@ Params encode_captions
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from stages.lib.base_model import component_fingerprint, load_text_encoder
+from stages.lib.base_model import component_fingerprint, load_text_encoder, read_config
 from stages.lib.conditioning import encode_text
 from stages.lib.encoding import Encode, encode_missing
+from stages.lib.errors import StageError
 from stages.lib.params import EncodeCaptions, Params
 from stages.lib.stage_run import run_stage, work_root, write_json
 from stages.lib.stores import ArraySpec, create_store, finish_store, open_store, read_array, write_rows
-from stages.lib.work import Row, WorkStore, environment, fingerprint
+from stages.lib.work import Row, WorkStore, environment, fingerprint, source_fingerprint
 
 TOKENS, CAPTIONS, BASE = Path("data/tokens.zarr"), Path("data/captions.zarr"), Path("data/base")
 
@@ -39,8 +41,19 @@ def build_encoder(options: EncodeCaptions, device: str) -> Encode:
     return encode
 
 
+def check_clip_skip(options: EncodeCaptions) -> None:
+    """Raise StageError if the text encoder has no such layer."""
+    num_layers = read_config(BASE / "text_encoder" / "config.json")["num_hidden_layers"]
+    if options.clip_skip is not None and options.clip_skip > num_layers:
+        raise StageError(
+            f"params.yaml: encode_captions.clip_skip is {options.clip_skip}, "
+            f"the text encoder has {num_layers} layers"
+        )
+
+
 def main(params: Params) -> None:
     options = params.encode_captions
+    check_clip_skip(options)
     tokens = open_store(TOKENS, "tokenize")
     input_ids = read_array(TOKENS, tokens, "input_ids", "tokenize")  # (U, 77)
     captions = read_array(TOKENS, tokens, "caption", "tokenize").tolist()
@@ -49,7 +62,7 @@ def main(params: Params) -> None:
         "clip_skip": options.clip_skip,
         "dtype": options.dtype,
         "batch_size": options.batch_size,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "code": source_fingerprint(build_encoder, encode_text),
         **environment("transformers"),
     }
     store = WorkStore(work_root(), "encode_captions", recipe)
@@ -76,13 +89,19 @@ def main(params: Params) -> None:
     texts = (np.asarray(caption, np.dtypes.StringDType()) for caption in captions)
     write_rows(output, ({**row, "caption": text} for row, text in zip(store.rows(keys), texts, strict=True)))
     finish_store(CAPTIONS, output)
-    states = read_array(CAPTIONS, output, "encoder_hidden_states", "encode_captions").astype(np.float64)
-    metrics = {
-        "num_encoded_captions": len(captions),
-        "embedding_mean": states.mean(),
-        "embedding_std": states.std(),
-    }
+    statistics = mean_and_std(row["encoder_hidden_states"] for row in store.rows(keys))
+    metrics = {"num_encoded_captions": len(captions), **statistics}
     write_json(Path("data/encode_captions_metrics.json"), metrics)
+
+
+def mean_and_std(arrays: Iterable[np.ndarray]) -> dict[str, float]:
+    """Mean and standard deviation over all values, summed in float64, one array in memory at a time."""
+    count, total, squares = 0, 0.0, 0.0
+    for array in arrays:
+        values = array.astype(np.float64)
+        count, total, squares = count + values.size, total + values.sum(), squares + np.square(values).sum()
+    mean = total / count
+    return {"embedding_mean": mean, "embedding_std": math.sqrt(max(0.0, squares / count - mean**2))}
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ Params encode_images
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,19 +21,15 @@ from stages.lib.base_model import component_fingerprint, load_vae
 from stages.lib.draws import unit_interval
 from stages.lib.encoding import Encode, encode_missing
 from stages.lib.errors import StageError
-from stages.lib.latents import channel_statistics
+from stages.lib.latents import channel_statistics, read_latents
 from stages.lib.pairs import image_index, iter_images, read_images
 from stages.lib.params import EncodeImages, Params
 from stages.lib.pixels import load_pixels
 from stages.lib.stage_run import run_stage, work_root, write_json
-from stages.lib.stores import ArraySpec, create_store, finish_store, read_array, write_rows
-from stages.lib.work import Row, WorkStore, environment
+from stages.lib.stores import ArraySpec, create_store, finish_store, write_rows
+from stages.lib.work import Row, WorkStore, environment, source_fingerprint
 
 IMAGES, LATENTS, BASE = Path("data/pairs/images"), Path("data/latents.zarr"), Path("data/base")
-
-
-def view_names(options: EncodeImages) -> list[str]:
-    return ["centre", "flipped"] if options.horizontal_flip else ["centre"]
 
 
 def stack_pixels(inputs: Sequence[tuple[bytes, str]], options: EncodeImages) -> torch.Tensor:
@@ -82,24 +79,19 @@ def build_reconstructor(options: EncodeImages, device: str) -> Encode:
 def main(params: Params) -> None:
     options = params.encode_images
     vae_config = load_vae(BASE).config
-    factor = 2 ** (len(vae_config.block_out_channels) - 1)
-    if options.resolution % factor:
-        raise StageError(
-            f"params.yaml: encode_images.resolution {options.resolution} is not a multiple of {factor}, "
-            "the VAE's downsampling factor"
-        )
+    side = latent_side(options, vae_config)
+    views = ["centre", "flipped"] if options.horizontal_flip else ["centre"]
     recipe = {
         "model": component_fingerprint(BASE / "vae"),
         "resolution": options.resolution,
         "interpolation": options.interpolation,
         "dtype": options.dtype,
         "batch_size": options.batch_size,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "code": source_fingerprint(build_encoder, load_pixels),
         **environment("diffusers", "pillow"),
     }
     moments = WorkStore(work_root(), "encode_images", recipe)
     sample_ids, hashes = image_index(IMAGES)
-    views = view_names(options)
     keys = [f"{digest}-{view}" for digest in hashes for view in views]
     moments.damaged(keys)
     items = (
@@ -107,18 +99,9 @@ def main(params: Params) -> None:
         for sample_id, image, digest in iter_images(IMAGES)
         for view in views
     )
-    encode_missing(
-        moments, items, functools.partial(build_encoder, options), options.batch_size, "encode images"
-    )
+    encode = functools.partial(build_encoder, options)
+    encode_missing(moments, items, encode, options.batch_size, "encode images")
 
-    side = options.resolution // factor
-    shape = (len(sample_ids), len(views), vae_config.latent_channels, side, side)
-    dimensions = ("sample", "view", "channel", "height", "width")
-    schema = {
-        "mean": ArraySpec(shape, np.float16, dimensions),
-        "logvar": ArraySpec(shape, np.float16, dimensions),
-        "sample_id": ArraySpec(shape[:1], str, ("sample",)),
-    }
     attributes = {
         "scaling_factor": vae_config.scaling_factor,
         "shift_factor": getattr(vae_config, "shift_factor", None),
@@ -126,18 +109,43 @@ def main(params: Params) -> None:
         "views": views,
         "model_fingerprint": recipe["model"],
     }
-    store = create_store(LATENTS, schema, attributes)
-    write_rows(store, sample_rows(moments, sample_ids, keys, len(views)))
-    finish_store(LATENTS, store)
+    shape = (len(sample_ids), len(views), vae_config.latent_channels, side, side)
+    write_latents(shape, attributes, sample_rows(moments, sample_ids, keys, len(views)))
 
     psnr = reconstruction_psnr(options, recipe, moments, dict(zip(sample_ids, hashes, strict=True)))
-    metrics = channel_statistics(read_array(LATENTS, store, "mean", "encode_images"))
-    metrics |= {
+    metrics = {
+        **channel_statistics(read_latents().mean.numpy()),
         "num_encoded_images": len(sample_ids),
         "reconstruction_psnr": psnr.mean(),
         "reconstruction_psnr_worst": psnr.min(),
     }
     write_json(Path("data/encode_images_metrics.json"), metrics)
+
+
+def latent_side(options: EncodeImages, vae_config: Any) -> int:
+    """Side of the square latents; StageError if the resolution does not divide."""
+    factor = 2 ** (len(vae_config.block_out_channels) - 1)
+    if options.resolution % factor:
+        raise StageError(
+            f"params.yaml: encode_images.resolution {options.resolution} is not a multiple of {factor}, "
+            "the VAE's downsampling factor"
+        )
+    return options.resolution // factor
+
+
+def write_latents(
+    shape: tuple[int, ...], attributes: dict[str, Any], rows: Iterable[dict[str, np.ndarray]]
+) -> None:
+    """data/latents.zarr: moments of ``shape`` (N, V, 4, h, w) and the name of each sample."""
+    dimensions = ("sample", "view", "channel", "height", "width")
+    schema = {
+        "mean": ArraySpec(shape, np.float16, dimensions),
+        "logvar": ArraySpec(shape, np.float16, dimensions),
+        "sample_id": ArraySpec(shape[:1], str, ("sample",)),
+    }
+    store = create_store(LATENTS, schema, attributes)
+    write_rows(store, rows)
+    finish_store(LATENTS, store)
 
 
 def sample_rows(

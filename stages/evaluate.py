@@ -40,16 +40,15 @@ def main(params: Params, stage: str) -> None:
     samples = read_captions(PAIRS / "captions.parquet")
     latents, conditioning = read_latents(), read_conditioning()
     pipeline = load_pipeline(BASE, unet)
-    device = pipeline.device
     fresh_directory(output)
     loss = validation_loss(
-        pipeline.unet,
+        pipeline.unet.forward,
         load_scheduler(BASE),
-        latents.to(device),
-        conditioning.to(device),
+        latents,
+        conditioning,
         samples,
         params.validation,
-        device,
+        pipeline.device,
     ).get("validation_loss")
 
     height = latents.mean.shape[-1] * pipeline.vae_scale_factor

@@ -104,7 +104,7 @@ def store_images(sample_ids: list[str], read: Callable[[str], bytes]) -> tuple[l
 
     seconds = 0.5 if sys.stderr.isatty() else 30
     with (
-        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
         tqdm(total=len(sample_ids), desc="images", unit="image", mininterval=seconds) as progress,
     ):
 

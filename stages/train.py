@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from tqdm import tqdm
 
-from stages.lib.base_model import component_fingerprint, load_scheduler, load_unet
+from stages.lib.base_model import component_fingerprint, load_scheduler, load_unet, read_config
 from stages.lib.batches import Batch, TrainingSet, draw_batch
 from stages.lib.checkpoint import Checkpoints, TrainingState
 from stages.lib.conditioning import Conditioning, read_conditioning
@@ -61,21 +63,19 @@ def train_step(
     all_losses = []
     for part in parts:
         with accelerator.accumulate(model):
-            mean = latents.mean[part.latent_rows, part.views]  # (B, 4, h, w)
-            logvar = latents.logvar[part.latent_rows, part.views]
-            model_input = sample_latents(
-                mean, logvar, part.posterior_noise, latents.scaling_factor, latents.shift_factor
-            )
-            noisy_latents = scheduler.add_noise(model_input, part.noise, part.timesteps)
-            target = denoising_target(scheduler, model_input, part.noise, part.timesteps)
+            mean, logvar = latents.moments(part.latent_rows, part.views, accelerator.device)  # (B, 4, h, w)
+            encoder_hidden_states = conditioning.states(part.caption_rows, accelerator.device)  # (B, 77, D)
+            posterior_noise, noise, timesteps = part.draws(accelerator.device)
 
-            encoder_hidden_states = conditioning.encoder_hidden_states[
-                part.caption_rows
-            ].float()  # (B, 77, D)
-            model_pred = model(noisy_latents, part.timesteps, encoder_hidden_states).sample
+            model_input = sample_latents(
+                mean, logvar, posterior_noise, latents.scaling_factor, latents.shift_factor
+            )
+            noisy_latents = scheduler.add_noise(model_input, noise, timesteps)
+            target = denoising_target(scheduler, model_input, noise, timesteps)
+            model_pred = model(noisy_latents, timesteps, encoder_hidden_states).sample
 
             losses = sample_losses(model_pred, target)  # (B,)
-            snr = signal_to_noise(scheduler.alphas_cumprod, part.timesteps)
+            snr = signal_to_noise(scheduler.alphas_cumprod, timesteps)
             weights = min_snr_weights(snr, options.snr_gamma, scheduler.config.prediction_type)
             accelerator.backward((losses * weights).mean())
             if accelerator.sync_gradients:
@@ -88,42 +88,36 @@ def train_step(
 
 def main(params: Params) -> None:
     options = params.train
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-    )
-    device, is_main = accelerator.device, accelerator.is_main_process
+    accelerator = start_accelerator(options)
+    is_main = accelerator.is_main_process
     num_parts = check_batch_size(options, accelerator.num_processes)
     samples = read_captions(CAPTIONS)
     latents, conditioning = read_latents(), read_conditioning()
     data = training_set(samples, latents, conditioning)
     scheduler, unet = load_scheduler(BASE), load_unet(BASE)
     check_shapes(unet, latents, conditioning)
-    lineage = lineage_of(params, samples, latents, conditioning, scheduler)
-    checkpoints = Checkpoints(work_root(), fingerprint([lineage, machine(accelerator), code_fingerprint()]))
+    lineage = lineage_of(params, samples, latents, conditioning)
+    run = fingerprint([lineage, machine(accelerator), code_fingerprint()])
+    checkpoints = Checkpoints(work_root(), run)
 
-    unet.train().to(device, memory_format=memory_format(options))
+    unet.train().to(accelerator.device, memory_format=memory_format(options))
+    # prepare() makes forward run in mixed precision; losses that are compared are float32.
+    forward = unet.forward
     optimizer = adamw(unet, options)
-    lr_scheduler = get_scheduler(
-        options.lr_scheduler,
-        optimizer,
-        num_warmup_steps=options.lr_warmup_steps,
-        num_training_steps=options.max_train_steps,
-    )
+    lr_scheduler = learning_rate_schedule(optimizer, options)
     ema = MovingAverage(unet.parameters(), options.ema_decay) if options.use_ema else None
     exported = ema.applied if ema else contextlib.nullcontext
     state = TrainingState(unet, optimizer, lr_scheduler, ema, accelerator.scaler)
     model, optimizer = accelerator.prepare(unet, optimizer)
     first_step, points = state.restore(checkpoints.load_latest())
     history = History(TRAINING, points, enabled=is_main)
-    latents, conditioning = latents.to(device), conditioning.to(device)
 
     unchecked: list[Losses] = []
     progress = progress_bar(options, first_step, is_main)
     for global_step in range(first_step, options.max_train_steps):
         batch = draw_batch(data, options, global_step, scheduler.config.num_train_timesteps)
         mine = range(accelerator.process_index, num_parts, accelerator.num_processes)
-        parts = [batch.part(index, num_parts).to(device) for index in mine]
+        parts = [batch.part(index, num_parts) for index in mine]
         losses, grad_norm = train_step(
             accelerator, model, optimizer, scheduler, latents, conditioning, parts, options
         )
@@ -135,28 +129,54 @@ def main(params: Params) -> None:
         progress.update(options.train_batch_size)
 
         num_steps = global_step + 1
-        is_last = num_steps == options.max_train_steps
-        validate = is_last or num_steps % options.validation_every_steps == 0
-        checkpoint = is_last or num_steps % options.checkpoint_every_steps == 0
-        if validate or checkpoint or num_steps % options.log_every_steps == 0:
-            check_finite(unchecked, data.sample_ids, checkpoints)
-            train_loss = torch.cat([loss for _, _, loss in unchecked]).mean()
-            point = {"train_loss": accelerator.reduce(train_loss, "mean").item(), "lr": learning_rate}
-            point["grad_norm"] = float(grad_norm)
+        due = functools.partial(is_due, num_steps, options.max_train_steps)
+        validate, save = due(options.validation_every_steps), due(options.checkpoint_every_steps)
+        if validate or save or due(options.log_every_steps):
+            check_finite(unchecked, float(grad_norm), data.sample_ids, checkpoints, options)
+            point: dict[str, float] = {
+                "train_loss": mean_loss(accelerator, unchecked),
+                "lr": float(learning_rate),
+            }
+            if math.isfinite(norm := float(grad_norm)):
+                point["grad_norm"] = norm
             unchecked.clear()
             if validate and is_main:
                 with exported():
                     point |= validation_loss(
-                        unet, scheduler, latents, conditioning, samples, params.validation, device
+                        forward, scheduler, latents, conditioning, samples, params.validation, unet.device
                     )
             history.log(num_steps, point)
-            if checkpoint and is_main:
+            if save and is_main:
                 checkpoints.save(num_steps, {"points": history.points, **state.capture()})
     progress.close()
     history.close()
     if is_main:
         with exported():
             save_unet(unet, UNET, lineage)
+
+
+def start_accelerator(options: Train) -> Accelerator:
+    """Devices, processes and precision, as `accelerate` and the params configure them."""
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+    )
+    if options.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise StageError(
+            f"params.yaml: train.mixed_precision fp16 needs a GPU, this is {accelerator.device}; "
+            'use bf16 or "no"'
+        )
+    return accelerator
+
+
+def is_due(num_steps: int, max_train_steps: int, every: int) -> bool:
+    """Whether something done every so many steps, and at the end, is due after ``num_steps``."""
+    return num_steps % every == 0 or num_steps == max_train_steps
+
+
+def mean_loss(accelerator: Accelerator, steps: list[Losses]) -> float:
+    """Mean over the samples of all processes."""
+    return accelerator.reduce(torch.cat([losses for _, _, losses in steps]).mean(), "mean").item()
 
 
 def training_set(samples: list[SampleCaptions], latents: Latents, conditioning: Conditioning) -> TrainingSet:
@@ -195,18 +215,39 @@ def check_shapes(unet: UNet2DConditionModel, latents: Latents, conditioning: Con
             raise StageError(f"{store} {got}, data/base/unet takes {expected}; run `dvc repro`")
 
 
-def check_finite(unchecked: list[Losses], names: list[str], checkpoints: Checkpoints) -> None:
-    """Raise StageError naming the first step and samples whose loss is not finite."""
+def check_finite(
+    unchecked: list[Losses], grad_norm: float, names: list[str], checkpoints: Checkpoints, options: Train
+) -> None:
+    """Raise StageError naming the first step and samples whose loss or gradient is not finite."""
+    kept = checkpoints.paths()
+    remedy = (
+        f"last good checkpoint: {kept[-1] if kept else 'none yet'}; lower train.learning_rate, "
+        'or set train.mixed_precision to bf16 or "no"'
+    )
     for global_step, part, losses in unchecked:
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         if bad:
             culprits = ", ".join(f"{names[part.samples[i]]} (timestep {part.timesteps[i]})" for i in bad)
-            kept = checkpoints.paths()
-            raise StageError(
-                f"non-finite loss at step {global_step}: {culprits}; last good checkpoint: "
-                f"{kept[-1] if kept else 'none yet'}; lower train.learning_rate, or set "
-                'train.mixed_precision to bf16 or "no"'
-            )
+            raise StageError(f"non-finite loss at step {global_step}: {culprits}; {remedy}")
+    # The loss scaler of fp16 finds its scale by overflowing now and then, and skips those steps.
+    if not math.isfinite(grad_norm) and options.mixed_precision != "fp16":
+        global_step, part, _ = unchecked[-1]
+        culprits = ", ".join(names[index] for index in part.samples)
+        raise StageError(f"non-finite gradient at step {global_step}, samples {culprits}; {remedy}")
+
+
+def learning_rate_schedule(
+    optimizer: torch.optim.Optimizer, options: Train
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear warm-up, then constant, or down to zero as half a cosine or a line."""
+    # diffusers' plain "constant" leaves the warm-up out.
+    names = {"constant": "constant_with_warmup"}
+    return get_scheduler(
+        names.get(options.lr_scheduler, options.lr_scheduler),
+        optimizer,
+        num_warmup_steps=options.lr_warmup_steps,
+        num_training_steps=options.max_train_steps,
+    )
 
 
 def adamw(unet: torch.nn.Module, options: Train) -> torch.optim.AdamW:
@@ -226,18 +267,15 @@ def memory_format(options: Train) -> torch.memory_format:
 
 
 def lineage_of(
-    params: Params,
-    samples: list[SampleCaptions],
-    latents: Latents,
-    conditioning: Conditioning,
-    scheduler: DDPMScheduler,
+    params: Params, samples: list[SampleCaptions], latents: Latents, conditioning: Conditioning
 ) -> dict[str, str]:
     """What the trained weights were made from; it travels in their safetensors metadata."""
+    scheduler = read_config(BASE / "scheduler" / "scheduler_config.json")
     sections = {"train": vars(params.train), "validation": vars(params.validation)}
     return {
         "base_unet": component_fingerprint(BASE / "unet"),
-        "scheduler": fingerprint(dict(scheduler.config)),
-        "prediction_type": scheduler.config.prediction_type,
+        "scheduler": fingerprint(scheduler),
+        "prediction_type": scheduler.get("prediction_type", "epsilon"),
         "latents": latents.fingerprint,
         "captions": conditioning.fingerprint,
         "pairs": fingerprint([dataclasses.astuple(sample) for sample in samples]),
@@ -247,10 +285,9 @@ def lineage_of(
 
 def machine(accelerator: Accelerator) -> dict[str, str | int]:
     """What changes floating-point results, so that a checkpoint is resumed only where it was made."""
-    device = accelerator.device
     return {
         **environment("diffusers", "accelerate"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": accelerator.device.type,
         "num_threads": torch.get_num_threads(),
         "num_processes": accelerator.num_processes,
     }

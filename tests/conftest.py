@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 
 from stages import encode_captions, encode_images, fetch_base, prepare, tokenize_captions, train
@@ -102,5 +103,6 @@ def encoded(project: Path) -> Path:
 def run_train(**changes: object) -> None:
     """Train in this process with `SMALL` and ``changes`` of the train section."""
     params = read_params()
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one; each run is its own process
     with torch.random.fork_rng():
         train.main(dataclasses.replace(params, train=dataclasses.replace(params.train, **changes)))

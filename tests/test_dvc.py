@@ -64,10 +64,8 @@ def test_no_module_shadows_the_standard_library_or_a_dependency():
     assert not names & taken
 
 
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory):
+def make_repository(root: Path) -> Path:
     """A repository with this pipeline, a random base and twelve images, reproduced once."""
-    root = tmp_path_factory.mktemp("repository")
     for name in ("stages", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml"):
         source, target = REPOSITORY / name, root / name
         target.parent.mkdir(exist_ok=True)
@@ -86,9 +84,16 @@ def repository(tmp_path_factory):
     params["fetch_base"] |= {"directory": "base", "vae_directory": "base/vae"}
     params["train"] |= {"max_train_steps": 2, "lr_warmup_steps": 0}
     write(root, params)
-    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
+    for command in (["init", "-q"], ["add", "dvc.yaml"], [*identity, "commit", "-qm", "Start"]):
+        subprocess.run(["git", *command], cwd=root, check=True)
     assert repro(root) == set(STAGES)
     return root
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    return make_repository(tmp_path_factory.mktemp("repository"))
 
 
 def write(root: Path, params: dict) -> None:
@@ -104,6 +109,11 @@ def repro(root: Path) -> set[str]:
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return set(re.findall(r"Running stage '(\w+)'", done.stdout))
+
+
+def test_two_fresh_clones_give_identical_outputs(repository, tmp_path):
+    locked = (repository / "dvc.lock").read_text()
+    assert (make_repository(tmp_path) / "dvc.lock").read_text() == locked
 
 
 def test_each_change_reruns_exactly_the_stages_that_depend_on_it(repository):

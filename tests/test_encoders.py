@@ -1,7 +1,11 @@
 """The encode stages against diffusers and transformers called directly."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,7 @@ from stages.lib.pairs import read_captions
 from stages.lib.params import read_params
 from stages.lib.pixels import load_pixels
 from stages.lib.stores import content_fingerprint, open_store, read_array
-from tests.conftest import draw_image, png, run_encoders, write_params
+from tests.conftest import REPOSITORY, draw_image, png, run_encoders, write_params
 
 
 def read_json(path: str) -> dict:
@@ -186,6 +190,63 @@ def test_clip_skip_is_an_earlier_layer_through_the_final_norm(encoded):
     encode_captions.main(write_params(encode_captions={"clip_skip": 1}))
     assert read_conditioning().clip_skip == 1
     assert content_fingerprint(Path("data/captions.zarr")) != before
+
+
+def test_a_clip_skip_beyond_the_first_layer_is_refused(encoded):
+    encode_captions.main(write_params(encode_captions={"clip_skip": 2}))
+    with pytest.raises(StageError, match="clip_skip is 3, the text encoder has 2 layers"):
+        encode_captions.main(write_params(encode_captions={"clip_skip": 3}))
+
+
+def test_caption_statistics(encoded):
+    states = read_conditioning().encoder_hidden_states.double()
+    metrics = read_json("data/encode_captions_metrics.json")
+    assert metrics["embedding_mean"] == pytest.approx(float(states.mean()), abs=1e-9)
+    assert metrics["embedding_std"] == pytest.approx(float(states.std(correction=0)), rel=1e-9)
+
+
+def test_changed_code_encodes_anew(encoded, monkeypatch):
+    monkeypatch.setattr(encode_images, "source_fingerprint", lambda *functions: "another")
+    encode_images.main(read_params())
+    assert len(list(Path(".work/encode_images").iterdir())) == 2
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    script = f"""
+import os, sys, time
+from pathlib import Path
+from stages.lib.encoding import encode_missing
+from stages.lib.work import WorkStore
+
+def build(device):
+    Path({str(tmp_path)!r}, str(os.getpid())).touch()
+    def encode(inputs):
+        time.sleep(60)
+    return encode
+
+if __name__ == "__main__":
+    store = WorkStore(Path({str(tmp_path / "work")!r}), "x", {{}})
+    encode_missing(store, ((str(i), str(i), i) for i in range(8)), build, 1, "x")
+"""
+    (tmp_path / "stage.py").write_text(script)
+    environment = {**os.environ, "SD_WORKERS": "2", "PYTHONPATH": str(REPOSITORY)}
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "stage.py"], env=environment, stderr=subprocess.DEVNULL
+    )
+
+    def workers() -> list[int]:
+        return [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
+
+    def wait(condition) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    wait(lambda: len(workers()) == 2)
+    parent.kill()
+    parent.wait()
+    wait(lambda: not any(Path("/proc", str(pid), "exe").exists() for pid in workers()))
 
 
 def test_tokens_are_padded_by_the_tokenizer_and_truncation_is_reported(project):

@@ -52,12 +52,13 @@ def test_all_problems_are_reported_at_once(tmp_path):
         evaluate__seeds=[],
         encode_images__resolution=64.5,
         prepare__max_rejected_fraction=1.5,
+        train__adam_beta1=1,
     )
     with pytest.raises(StageError) as caught:
         read_params(path)
     message = str(caught.value)
     for expected in (
-        "8 problem(s)",
+        "9 problem(s)",
         "train.learning_rate: expected a number, got 'fast'",
         "train.seed: expected a number of 0 or more, got -1",
         "train.lr_scheduler: expected one of constant, cosine, linear, got 'cosin'",
@@ -66,6 +67,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
         "evaluate.seeds: expected a list of one or more values, got []",
         "encode_images.resolution: expected a whole number, got 64.5",
         "prepare.max_rejected_fraction: expected a number from 0 to 1, got 1.5",
+        "train.adam_beta1: expected a number from 0 to 1, not 1, got 1",
     ):
         assert expected in message
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import logging
 import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,17 +51,35 @@ def cosine_schedule(step: int, max_train_steps: int, lr_warmup_steps: int) -> fl
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def save_state(name: str, step: int, **state: dict) -> None:
-    """Write tiny's training checkpoint atomically."""
-    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
-    partial = CHECKPOINTS / f"{name}.partial"
-    torch.save({"step": step, **state}, partial)
-    os.replace(partial, CHECKPOINTS / f"{name}.pt")
+class Checkpoint:
+    """The newest state of one training step, under the hash of what determines it.
+
+    Args:
+        name: of the step.
+        params: its section of params.yaml.
+        inputs: files and directories it reads.
+    """
+
+    def __init__(self, name: str, params: dict, inputs: Sequence[str]) -> None:
+        digest = hashlib.sha256(json.dumps(params, sort_keys=True).encode())
+        for path in sorted(file for name in inputs for file in _files(Path(name))):
+            digest.update(path.as_posix().encode() + path.read_bytes())
+        self.path = CHECKPOINTS / f"{name}-{digest.hexdigest()[:16]}.pt"
+
+    def save(self, step: int, **state: object) -> None:
+        """Replace the checkpoint atomically."""
+        CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        torch.save({"step": step, **state}, partial)
+        os.replace(partial, self.path)
+
+    def load(self) -> dict | None:
+        """The saved state, None at the start."""
+        return torch.load(self.path, weights_only=True) if self.path.exists() else None
 
 
-def load_state(name: str) -> dict | None:
-    path = CHECKPOINTS / f"{name}.pt"
-    return torch.load(path, weights_only=True) if path.exists() else None
+def _files(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
 
 
 class Progress:

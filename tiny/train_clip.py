@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from tiny.recipe import Progress, cosine_schedule, load_state, save_state, start, step_generator
+from tiny.recipe import Checkpoint, Progress, cosine_schedule, start, step_generator
 from tiny.train_vae import augment_position, to_pixels
 
 MAX_LENGTH = 77
@@ -102,7 +102,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(clip.parameters(), betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     steps, batch_size = params["max_train_steps"], params["batch_size"]
     step, seconds = 0, 0.0
-    if state := load_state("clip"):
+    checkpoint = Checkpoint("clip", params, ["tiny/data/emoji.npz"])
+    if state := checkpoint.load():
         clip.load_state_dict(state["clip"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
@@ -134,9 +135,7 @@ def main() -> None:
         progress.log(step, loss=loss.detach(), accuracy=accuracy)
         if step % 200 == 0 or step == steps:
             elapsed = seconds + time.monotonic() - begun
-            save_state(
-                "clip", step, clip=clip.state_dict(), optimizer=optimizer.state_dict(), seconds=elapsed
-            )
+            checkpoint.save(step, clip=clip.state_dict(), optimizer=optimizer.state_dict(), seconds=elapsed)
     seconds += time.monotonic() - begun
     clip.eval().save_pretrained("tiny/data/clip")
     report = {

@@ -20,11 +20,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTokenizer
 
 from tiny.recipe import (
+    Checkpoint,
     Progress,
     cosine_schedule,
-    load_state,
     read_params,
-    save_state,
     start,
     step_generator,
 )
@@ -107,7 +106,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=1e-2, fused=True)
     steps, batch_size = params["max_train_steps"], params["batch_size"]
     step, seconds = 0, 0.0
-    if state := load_state("unet"):
+    inputs = [f"tiny/data/{name}" for name in ("emoji.npz", "vae", "clip", "tokenizer")]
+    checkpoint = Checkpoint("unet", params, inputs)
+    if state := checkpoint.load():
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         ema, step, seconds = state["ema"], state["step"], state["seconds"]
@@ -145,8 +146,7 @@ def main() -> None:
         progress.log(step, loss=loss.detach())
         if step % 250 == 0 or step == steps:
             elapsed = seconds + time.monotonic() - begun
-            save_state(
-                "unet",
+            checkpoint.save(
                 step,
                 unet=unet.state_dict(),
                 ema=ema,

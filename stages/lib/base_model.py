@@ -50,7 +50,7 @@ _DEFAULT_CROSS_ATTENTION_DIM = 1280
 _DEFAULT_TEXT_CONFIG = {"hidden_size": 512, "max_position_embeddings": 77, "vocab_size": 49408}
 
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
-_PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+_PREDICTION_TYPES = ("epsilon", "v_prediction")
 _UNET_TASKS = {5: "depth-to-image", 7: "upscaling", 8: "image editing (InstructPix2Pix)", 9: "inpainting"}
 _BOOKKEEPING_KEYS = ("transformers_version", "torch_dtype", "dtype")
 
@@ -143,7 +143,7 @@ def _tokenizer_problems(directory: Path, text_encoder: dict) -> Iterator[str]:
         )
     if (directory / "tokenizer_config.json").exists():
         longest = read_config(directory / "tokenizer_config.json").get("model_max_length")
-        if longest is not None and longest > limits["max_position_embeddings"]:
+        if longest is None or longest > limits["max_position_embeddings"]:
             yield (
                 f"tokenizer/tokenizer_config.json: expected model_max_length up to the text encoder's "
                 f"max_position_embeddings {limits['max_position_embeddings']}, got {longest}"

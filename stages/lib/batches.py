@@ -59,9 +59,9 @@ class Batch:
         """The ``index``-th of ``num_parts`` equal slices."""
         return Batch(*(value.chunk(num_parts)[index] for value in vars(self).values()))
 
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on ``device``."""
-        return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+    def draws(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """posterior_noise, noise and timesteps on ``device``."""
+        return self.posterior_noise.to(device), self.noise.to(device), self.timesteps.to(device)
 
 
 def draw_batch(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stages.lib.ema import MovingAverage
+from stages.lib.work import remove_partials, write_atomically
 
 logger = logging.getLogger(__name__)
 KEPT = 2
@@ -69,6 +70,7 @@ class Checkpoints:
     def __init__(self, root: Path, run_fingerprint: str) -> None:
         self.directory = root / "train" / run_fingerprint[:20]
         self.directory.mkdir(parents=True, exist_ok=True)
+        remove_partials(self.directory)
 
     def paths(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -77,12 +79,9 @@ class Checkpoints:
     def save(self, global_step: int, state: dict[str, Any]) -> Path:
         """Write atomically and durably; older ones but for the last two are removed."""
         path = self.directory / f"step-{global_step:08d}.pt"
-        partial = path.with_suffix(".partial")
-        with open(partial, "wb") as handle:
-            torch.save({"global_step": global_step, **state}, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
+        content = io.BytesIO()
+        torch.save({"global_step": global_step, **state}, content)
+        write_atomically(path, content.getvalue())
         for old in self.paths()[:-KEPT]:
             old.unlink()
         return path

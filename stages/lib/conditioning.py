@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +45,9 @@ class Conditioning:
                 f"{CAPTIONS}: caption {error} is not encoded; run `dvc repro encode_captions`"
             ) from error
 
-    def to(self, device: torch.device) -> Conditioning:
-        """The same embeddings on ``device``."""
-        return dataclasses.replace(self, encoder_hidden_states=self.encoder_hidden_states.to(device))
+    def states(self, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """encoder_hidden_states of (B,) rows on ``device``, (B, 77, D) float32."""
+        return self.encoder_hidden_states[rows].to(device).float()
 
 
 def read_conditioning(path: Path = CAPTIONS) -> Conditioning:

@@ -15,8 +15,10 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -104,12 +106,13 @@ def _map_batches(
     build_encoder: Callable[[str], Encode], batches: Iterator[list[tuple[str, str, Any]]], batch_size: int
 ) -> Iterator[tuple[list[tuple[str, str, Any]], list[Row]]]:
     """Encode batches in order: on the GPU, in this process if there are few, else in worker processes."""
-    max_workers = int(os.environ.get("SD_WORKERS", os.cpu_count() or 1))
+    max_workers = max(1, int(os.environ.get("SD_WORKERS", os.cpu_count() or 1)))
     first = list(itertools.islice(batches, max_workers))
     if not first:
         return
     batches = itertools.chain(first, batches)
     if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = False  # float32 is what the params say
         encode = build_encoder("cuda")
         for batch in batches:
             yield batch, _run_padded(encode, batch, batch_size)
@@ -140,6 +143,11 @@ def _map_in_workers(
             while ahead:
                 done, future = ahead.popleft()
                 yield done, future.result()
+        except BrokenProcessPool as error:
+            raise StageError(
+                f"an encoder process was killed, probably for memory; {num_workers} ran at once: "
+                "lower SD_WORKERS or the stage's batch_size, and run again: what is encoded is kept"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -156,9 +164,17 @@ def _one_thread() -> Iterator[None]:
 
 def _start_worker(build_encoder: Callable[[str], Encode]) -> None:
     global _encode
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     keep_freed_memory()
     torch.set_num_threads(1)
     _encode = build_encoder("cpu")
+
+
+def _exit_with_parent() -> None:
+    # A stage that is killed cannot stop its workers, which would hold their memory for ever.
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _run_in_worker(batch: list[tuple[str, str, Any]], batch_size: int) -> list[Row]:

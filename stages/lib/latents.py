@@ -6,13 +6,14 @@ sees. The step from one to the other is taken here and nowhere else.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from stages.lib.errors import StageError
 from stages.lib.stores import content_fingerprint, open_store, read_array
 
 LATENTS = Path("data/latents.zarr")
@@ -39,13 +40,27 @@ class Latents:
     fingerprint: str
 
     def rows(self, sample_ids: list[str]) -> torch.Tensor:
-        """Row numbers of ``sample_ids``, int64."""
-        row_of = {sample_id: row for row, sample_id in enumerate(self.sample_ids)}
-        return torch.tensor([row_of[sample_id] for sample_id in sample_ids], dtype=torch.int64)
+        """Row numbers of ``sample_ids``, int64.
 
-    def to(self, device: torch.device) -> Latents:
-        """The same moments on ``device``."""
-        return dataclasses.replace(self, mean=self.mean.to(device), logvar=self.logvar.to(device))
+        Raises:
+            StageError: if a sample was never encoded.
+        """
+        try:
+            return torch.tensor([self._row_of[sample_id] for sample_id in sample_ids], dtype=torch.int64)
+        except KeyError as error:
+            raise StageError(
+                f"{LATENTS}: sample {error} is not encoded; run `dvc repro encode_images`"
+            ) from error
+
+    def moments(
+        self, rows: torch.Tensor, views: torch.Tensor | int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """mean and logvar of (B,) rows on ``device``, each (B, 4, h, w)."""
+        return self.mean[rows, views].to(device), self.logvar[rows, views].to(device)
+
+    @functools.cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {sample_id: row for row, sample_id in enumerate(self.sample_ids)}
 
 
 def read_latents(path: Path = LATENTS) -> Latents:

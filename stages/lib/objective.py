@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
+from stages.lib.errors import StageError
+
 
 def denoising_target(
     scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
@@ -17,7 +19,10 @@ def denoising_target(
     """
     if scheduler.config.prediction_type == "epsilon":
         return noise
-    return scheduler.get_velocity(latents, noise, timesteps)
+    if scheduler.config.prediction_type == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    found = scheduler.config.prediction_type
+    raise StageError(f"data/base/scheduler: expected prediction_type epsilon or v_prediction, got {found}")
 
 
 def signal_to_noise(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

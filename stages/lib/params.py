@@ -25,10 +25,11 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, both included."""
+    """Bounds of a number, included unless named."""
 
     low: float
     high: float = math.inf
+    without: tuple[float, ...] = ()
 
 
 class Choice(tuple[str, ...]):
@@ -112,12 +113,12 @@ class Train:
     learning_rate: Annotated[float, Range(0)]
     lr_scheduler: Annotated[str, Choice("constant", "cosine", "linear")]
     lr_warmup_steps: Annotated[int, Range(0)]
-    adam_beta1: Annotated[float, Range(0, 1)]
-    adam_beta2: Annotated[float, Range(0, 1)]
+    adam_beta1: Annotated[float, Range(0, 1, without=(1,))]
+    adam_beta2: Annotated[float, Range(0, 1, without=(1,))]
     adam_weight_decay: Annotated[float, Range(0)]
     adam_epsilon: Annotated[float, Range(0)]
-    max_grad_norm: Annotated[float, Range(0)]
-    snr_gamma: Annotated[float | None, Range(0)]
+    max_grad_norm: Annotated[float, Range(0, without=(0,))]
+    snr_gamma: Annotated[float | None, Range(0, without=(0,))]
     use_ema: bool
     ema_decay: Annotated[float, Range(0, 1)]
     caption_dropout: Annotated[float, Range(0, 1)]
@@ -257,9 +258,11 @@ def _convert(hint: Any, value: Any, limit: Range | Choice | None = None) -> Any:
             raise ValueError("one of " + ", ".join(limit))
         return value
     number = _number(hint, value)
-    if isinstance(limit, Range) and not limit.low <= number <= limit.high:
-        bounds = f"from {limit.low:g} to {limit.high:g}"
-        raise ValueError(f"a number {f'of {limit.low:g} or more' if limit.high == math.inf else bounds}")
+    if isinstance(limit, Range) and (number in limit.without or not limit.low <= number <= limit.high):
+        bounds = f"of {limit.low:g} or more"
+        if limit.high != math.inf:
+            bounds = f"from {limit.low:g} to {limit.high:g}"
+        raise ValueError("".join([f"a number {bounds}", *(f", not {value:g}" for value in limit.without)]))
     return number
 
 

@@ -46,6 +46,7 @@ def load_pipeline(base: Path, unet: Path) -> StableDiffusionPipeline:
         torch_dtype=torch.float32,
     )
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.enable_slicing()
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

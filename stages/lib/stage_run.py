@@ -69,6 +69,9 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
     drops the lock when its holder dies, however it dies.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("RANK", "0") != "0":  # the first process of `accelerate launch` holds it for all
+        yield
+        return
     with open(path, "a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -22,7 +24,7 @@ def evenly_spaced_timesteps(num_timesteps: int, num_train_timesteps: int) -> lis
 
 @torch.no_grad()
 def validation_loss(
-    unet: torch.nn.Module,
+    forward: Callable[..., Any],
     scheduler: DDPMScheduler,
     latents: Latents,
     conditioning: Conditioning,
@@ -32,7 +34,7 @@ def validation_loss(
 ) -> dict[str, float]:
     """Unweighted denoising loss on held-out samples, mean over samples and timesteps.
 
-    ``unet``, ``latents`` and ``conditioning`` are on ``device``.
+    ``forward`` is that of a UNet2DConditionModel on ``device``.
 
     Latents are the posterior's mode and the first caption is used; the noise is a function of
     (seed, sample_id, timestep), so two runs, or two sets of parameters, see the same problems.
@@ -46,12 +48,12 @@ def validation_loss(
     for start in range(0, len(held_out), options.batch_size):
         batch = held_out[start : start + options.batch_size]
         rows = latents.rows([sample.sample_id for sample in batch])
-        mean, logvar = latents.mean[rows, 0], latents.logvar[rows, 0]  # (B, 4, h, w)
+        mean, logvar = latents.moments(rows, 0, device)  # (B, 4, h, w)
         mode = sample_latents(
             mean, logvar, torch.zeros(mean.shape, device=device), latents.scaling_factor, latents.shift_factor
         )
         caption_rows = conditioning.rows([sample.captions[0] for sample in batch])
-        encoder_hidden_states = conditioning.encoder_hidden_states[caption_rows].float()
+        encoder_hidden_states = conditioning.states(caption_rows, device)  # (B, 77, D)
         for timestep in timesteps:
             noise = torch.stack(
                 [
@@ -66,6 +68,6 @@ def validation_loss(
             steps = torch.full((len(batch),), timestep, device=device)
             noisy_latents = scheduler.add_noise(mode, noise, steps)
             target = denoising_target(scheduler, mode, noise, steps)
-            model_pred = unet(noisy_latents, steps, encoder_hidden_states).sample
+            model_pred = forward(noisy_latents, steps, encoder_hidden_states).sample
             losses += sample_losses(model_pred, target).tolist()
     return {"validation_loss": math.fsum(losses) / len(losses)} if losses else {}

@@ -9,11 +9,12 @@ payload carries a checksum, so that a damaged one is encoded again and never rea
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,12 +34,21 @@ def fingerprint(value: object) -> str:
 
 
 def environment(*packages: str) -> dict[str, str]:
-    """What of this environment can change a row's bytes: package versions and instruction set."""
-    return {
+    """What of this environment can change a row's bytes: package versions, processor, GPU."""
+    found = {
         **{package: version(package) for package in ("torch", *packages)},
         "machine": platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
+    if torch.cuda.is_available():
+        found["cuda"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return found
+
+
+def source_fingerprint(*functions: Callable[..., object]) -> str:
+    """Hash of the source files that define ``functions``: the code that computes a row."""
+    return hashlib.sha256(b"".join(Path(inspect.getfile(f)).read_bytes() for f in functions)).hexdigest()
 
 
 class WorkStore:
@@ -53,9 +63,10 @@ class WorkStore:
     def __init__(self, root: Path, stage: str, recipe: dict) -> None:
         self.directory = root / stage / fingerprint(recipe)[:20]
         self.directory.mkdir(parents=True, exist_ok=True)
-        _write_atomically(
+        write_atomically(
             self.directory / "recipe.json", json.dumps(recipe, indent=2, sort_keys=True).encode()
         )
+        remove_partials(self.directory)
         self._block_of: dict[str, Path] = {}
         for path in sorted(self.directory.glob("*.safetensors")):
             self._index(path)
@@ -71,7 +82,7 @@ class WorkStore:
         columns = {name: np.ascontiguousarray(np.stack([row[name] for row in rows])) for name in rows[0]}
         metadata = {"keys": " ".join(keys), "checksum": _checksum(columns)}
         path = self.directory / f"{fingerprint(sorted(keys))[:32]}.safetensors"
-        _write_atomically(path, safetensors.numpy.save(columns, metadata))
+        write_atomically(path, safetensors.numpy.save(columns, metadata))
         self._block_of.update(dict.fromkeys(keys, path))
 
     def damaged(self, keys: Iterable[str]) -> list[str]:
@@ -107,7 +118,7 @@ class WorkStore:
         try:
             with safetensors.safe_open(path, framework="np") as block:
                 keys = (block.metadata() or {})["keys"].split()
-        except (safetensors.SafetensorError, OSError, KeyError):
+        except (safetensors.SafetensorError, KeyError):
             logger.warning("%s: not a whole block, left out", path)
             path.unlink(missing_ok=True)
             return
@@ -126,18 +137,27 @@ class WorkStore:
         return metadata["keys"].split(), columns
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is whole or absent, and durable when this returns."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(path)
+
+
+def remove_partials(directory: Path) -> None:
+    """Remove what killed processes were writing; those alive keep theirs."""
+    for partial in directory.glob("*.partial"):
+        pid = partial.name.split(".")[-2]
+        if not Path("/proc", pid).exists():
+            partial.unlink(missing_ok=True)
+
+
 def _checksum(columns: dict[str, np.ndarray]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(columns):
         digest.update(f"{name} {columns[name].dtype} {columns[name].shape};".encode())
         digest.update(columns[name].tobytes())
     return digest.hexdigest()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
