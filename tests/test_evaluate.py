@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from stages import evaluate
+from stages import evaluate, fetch_base
 from stages.lib.conditioning import read_conditioning
 from stages.lib.draws import generator
+from stages.lib.export import read_lineage
 from stages.lib.grids import Row, draw_grid
 from stages.lib.latents import read_latents
 from stages.lib.pairs import read_captions
 from stages.lib.params import read_params
 from stages.lib.stores import content_fingerprint
+from tests.checkpoints import sd15_like, sd21_like
 from tests.conftest import draw_image, run_encoders, run_train, write_params
 
 
@@ -165,3 +167,31 @@ def test_both_common_formats_run_through_to_a_grid(project, form):
     assert read_json("data/prepare_metrics.json")["num_samples"] == 10
     assert Image.open("data/evaluation/grids/guidance3_steps2.png").width > 600
     assert read_json("data/evaluation/metrics.json")["tuned_validation_loss"] > 0
+
+
+@pytest.mark.parametrize(("build", "prediction_type"), [(sd15_like, "epsilon"), (sd21_like, "v_prediction")])
+def test_stable_diffusion_checkpoints_run_through(project, build, prediction_type):
+    """The true configs of SD 1.5 and 2.1, narrower: tokenizer to grid, and a stock pipeline agrees."""
+    build(project / "sd", width_divisor=8)
+    params = write_params(
+        fetch_base={"directory": "sd"},
+        train={"max_train_steps": 2, "lr_warmup_steps": 0},
+        evaluate={"prompts": ["a dog"], "seeds": [3], "batch_size": 1},
+    )
+    fetch_base.main(params)
+    run_encoders(params)
+    run_train()
+    evaluate.main(params, "baseline")
+    evaluate.main(params, "evaluate")
+    assert read_latents().mean.shape == (12, 1, 4, 8, 8)
+    assert read_latents().scaling_factor == pytest.approx(0.18215)
+    assert read_lineage(Path("data/unet"))["prediction_type"] == prediction_type
+
+    stock = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
+    stock.unet = UNet2DConditionModel.from_pretrained("data/unet")
+    start = torch.Generator().manual_seed(3)
+    picture = stock(
+        "a dog", generator=start, guidance_scale=3.0, num_inference_steps=2, height=64, width=64
+    ).images[0]
+    ours = Image.open("data/evaluation/samples/guidance3_steps2/prompt00_seed3.png")
+    assert np.abs(np.asarray(picture, int) - np.asarray(ours, int)).max() <= 1
