@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -88,50 +89,121 @@ def main() -> None:
     images = F.interpolate(images, size=(64, 64), mode="bicubic", antialias=True).round().clamp(0, 255)
     vae = AutoencoderKL.from_pretrained("tiny/data/vae")
     means, stds = encode_images(vae, images)
-    scaling_factor = vae.config.scaling_factor
     clip = CLIPModel.from_pretrained("tiny/data/clip", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained("tiny/data/tokenizer")
     captions = ["", *sorted(set(names)), *(f"{s} {n}" for s, n in zip(styles, names, strict=True))]
     row = {caption: index for index, caption in enumerate(captions)}
     embeddings = encode_captions(clip, tokenizer, captions)  # (U, 77, D)
-    del vae, clip
 
     split = np.array([held_out(name) for name in names])
     train_rows, held_out_rows = (torch.from_numpy(np.flatnonzero(mask)) for mask in (~split, split))
     scheduler = build_scheduler()
-    alphas_cumprod = scheduler.alphas_cumprod
     torch.manual_seed(params["seed"])
     unet = build_unet(params, embeddings.shape[-1])
+    data = TrainingData(
+        means,
+        stds,
+        vae.config.scaling_factor,
+        names,
+        styles,
+        train_rows,
+        embeddings,
+        row,
+        params["caption_dropout"],
+        style_dropout,
+    )
+    seconds, loss, first_step = 0.0, 0.0, 0
+    for index, steps in enumerate(params["rounds"]):
+        so_far = params | {"rounds": params["rounds"][: index + 1]}
+        loss, spent = train_round(unet, scheduler, data, so_far, first_step, steps)
+        seconds, first_step = seconds + spent, first_step + steps
+
+    held_out_captions = [row[f"{styles[i]} {names[i]}"] for i in held_out_rows.tolist()]
+    held_out_latents = means[held_out_rows] * vae.config.scaling_factor
+    report = {
+        "parameters": sum(p.numel() for p in unet.parameters()),
+        "steps": first_step,
+        "seconds": round(seconds),
+        "last_loss": loss,
+        "held_out_loss": evaluate(unet, scheduler, held_out_latents, embeddings[held_out_captions]),
+    }
+    unet.to(torch.float16, memory_format=torch.contiguous_format).save_pretrained("tiny/data/unet")
+    scheduler.save_pretrained("tiny/data/scheduler")
+    Path("tiny/data/unet.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Latent moments (N, 4, 16, 16), the captions' embeddings (U, 77, D), and which samples to use."""
+
+    means: torch.Tensor
+    stds: torch.Tensor
+    scaling_factor: float
+    names: list[str]
+    styles: list[str]
+    rows: torch.Tensor
+    embeddings: torch.Tensor
+    caption_row: dict[str, int]
+    caption_dropout: float
+    style_dropout: float
+
+    def draw(
+        self, batch_size: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """latents, noise (B, 4, 16, 16), timesteps (B,) and encoder_hidden_states (B, 77, D)."""
+        pick = self.rows[torch.randint(len(self.rows), (batch_size,), generator=generator)]
+        sampled = self.means[pick] + self.stds[pick] * torch.randn(
+            self.means[pick].shape, generator=generator
+        )
+        latents = (sampled * self.scaling_factor).contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, (batch_size,), generator=generator)
+        choice = torch.rand(batch_size, generator=generator).tolist()
+        captions = [self.caption(index, u) for index, u in zip(pick.tolist(), choice, strict=True)]
+        return latents, noise, timesteps, self.embeddings[[self.caption_row[text] for text in captions]]
+
+    def caption(self, index: int, u: float) -> str:
+        """Nothing, the bare name, or style and name, by ``u`` in [0, 1)."""
+        if u < self.caption_dropout:
+            return ""
+        if u < self.caption_dropout + self.style_dropout:
+            return self.names[index]
+        return f"{self.styles[index]} {self.names[index]}"
+
+
+def train_round(
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+    data: TrainingData,
+    params: dict,
+    first_step: int,
+    steps: int,
+) -> tuple[float, float]:
+    """Warm-up, half a cosine, and the average's weights rounded to float16, as they ship.
+
+    A later round starts from what the one before shipped, with a new optimizer, so that a base
+    that has shipped can be trained further.
+
+    Returns:
+        The last loss and the seconds spent.
+    """
     ema = [p.detach().clone() for p in unet.parameters()]
     optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=1e-2, fused=True)
-    steps, batch_size = params["max_train_steps"], params["batch_size"]
-    step, seconds = 0, 0.0
     inputs = [f"tiny/data/{name}" for name in ("emoji.npz", "vae", "clip", "tokenizer")]
-    checkpoint = Checkpoint("unet", params, inputs)
+    checkpoint = Checkpoint(f"unet-{first_step}", params, inputs)
+    step, seconds = 0, 0.0
     if state := checkpoint.load():
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         ema, step, seconds = state["ema"], state["step"], state["seconds"]
-    progress, begun = Progress(steps, batch_size), time.monotonic()
+    progress, begun = Progress(steps, params["batch_size"]), time.monotonic()
     loss = torch.tensor(0.0)
     while step < steps:
-        generator = step_generator(params["seed"], step)
-        pick = train_rows[torch.randint(len(train_rows), (batch_size,), generator=generator)]
-        sampled = means[pick] + stds[pick] * torch.randn(means[pick].shape, generator=generator)
-        latents = (sampled * scaling_factor).contiguous(memory_format=torch.channels_last)
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, (batch_size,), generator=generator)
-        choice = torch.rand(batch_size, generator=generator)
-        words = [
-            "" if p < params["caption_dropout"]
-            else names[i] if p < params["caption_dropout"] + style_dropout
-            else f"{styles[i]} {names[i]}"
-            for p, i in zip(choice.tolist(), pick.tolist(), strict=True)
-        ]  # fmt: skip
-        conditioning = embeddings[[row[caption] for caption in words]]
+        generator = step_generator(params["seed"], first_step + step)
+        latents, noise, timesteps, encoder_hidden_states = data.draw(params["batch_size"], generator)
         noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-        model_pred = unet(noisy_latents, timesteps, conditioning).sample
-        snr = alphas_cumprod[timesteps] / (1 - alphas_cumprod[timesteps])
+        model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
+        snr = scheduler.alphas_cumprod[timesteps] / (1 - scheduler.alphas_cumprod[timesteps])
         weights = snr.clamp(max=params["snr_gamma"]) / snr
         loss = (F.mse_loss(model_pred, noise, reduction="none").mean((1, 2, 3)) * weights).mean()
         loss.backward()
@@ -147,29 +219,12 @@ def main() -> None:
         if step % 250 == 0 or step == steps:
             elapsed = seconds + time.monotonic() - begun
             checkpoint.save(
-                step,
-                unet=unet.state_dict(),
-                ema=ema,
-                optimizer=optimizer.state_dict(),
-                seconds=elapsed,
+                step, unet=unet.state_dict(), ema=ema, optimizer=optimizer.state_dict(), seconds=elapsed
             )
-    seconds += time.monotonic() - begun
-
     with torch.no_grad():
         for parameter, average in zip(unet.parameters(), ema, strict=True):
-            parameter.copy_(average)
-    held_out_captions = [row[f"{styles[i]} {names[i]}"] for i in held_out_rows.tolist()]
-    held_out_latents = means[held_out_rows] * scaling_factor
-    report = {
-        "parameters": sum(p.numel() for p in unet.parameters()),
-        "steps": step,
-        "seconds": round(seconds),
-        "last_loss": float(loss),
-        "held_out_loss": evaluate(unet, scheduler, held_out_latents, embeddings[held_out_captions]),
-    }
-    unet.to(torch.float16, memory_format=torch.contiguous_format).save_pretrained("tiny/data/unet")
-    scheduler.save_pretrained("tiny/data/scheduler")
-    Path("tiny/data/unet.json").write_text(json.dumps(report, indent=2) + "\n")
+            parameter.copy_(average.half().float())
+    return loss.item(), seconds + time.monotonic() - begun
 
 
 @torch.no_grad()
