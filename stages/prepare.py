@@ -11,12 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from tqdm import tqdm
 
 from stages.lib.errors import StageError
 from stages.lib.images import UnusableImageError, stored_image
@@ -30,6 +27,7 @@ from stages.lib.pairs import (
     write_images,
 )
 from stages.lib.params import Params, Prepare
+from stages.lib.progress import progress_bar
 from stages.lib.sources import Rejected, Row, Source, open_source
 from stages.lib.stage_run import fresh_directory, run_stage, work_root, write_json
 
@@ -102,10 +100,9 @@ def store_images(sample_ids: list[str], read: Callable[[str], bytes]) -> tuple[l
         except UnusableImageError as error:
             return Rejected(sample_id, str(error))
 
-    seconds = 0.5 if sys.stderr.isatty() else 30
     with (
         ThreadPoolExecutor(os.cpu_count() or 1) as pool,
-        tqdm(total=len(sample_ids), desc="images", unit="image", mininterval=seconds) as progress,
+        progress_bar("images", "images", len(sample_ids)) as progress,
     ):
 
         def load(members: list[str]) -> Iterator[StoredImage | None]:

@@ -13,7 +13,6 @@ import functools
 import json
 import logging
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from accelerate import Accelerator
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from tqdm import tqdm
 
 from stages.lib.base_model import component_fingerprint, load_scheduler, load_unet, read_config
 from stages.lib.batches import Batch, TrainingSet, draw_batch
@@ -35,6 +33,7 @@ from stages.lib.latents import Latents, read_latents, sample_latents
 from stages.lib.objective import denoising_target, min_snr_weights, sample_losses, signal_to_noise
 from stages.lib.pairs import SampleCaptions, read_captions
 from stages.lib.params import Params, Train
+from stages.lib.progress import progress_bar
 from stages.lib.stage_run import code_fingerprint, run_stage, work_root
 from stages.lib.validation import validation_loss
 from stages.lib.work import environment, fingerprint
@@ -113,7 +112,8 @@ def main(params: Params) -> None:
     history = History(TRAINING, points, enabled=is_main)
 
     unchecked: list[Losses] = []
-    progress = progress_bar(options, first_step, is_main)
+    size = options.train_batch_size
+    progress = progress_bar("train", "images", options.max_train_steps * size, first_step * size, is_main)
     for global_step in range(first_step, options.max_train_steps):
         batch = draw_batch(data, options, global_step, scheduler.config.num_train_timesteps)
         mine = range(accelerator.process_index, num_parts, accelerator.num_processes)
@@ -126,7 +126,7 @@ def main(params: Params) -> None:
         lr_scheduler.step()
         if ema:
             ema.update()
-        progress.update(options.train_batch_size)
+        progress.update(size)
 
         num_steps = global_step + 1
         due = functools.partial(is_due, num_steps, options.max_train_steps)
@@ -291,20 +291,6 @@ def machine(accelerator: Accelerator) -> dict[str, str | int]:
         "num_threads": torch.get_num_threads(),
         "num_processes": accelerator.num_processes,
     }
-
-
-def progress_bar(options: Train, first_step: int, enabled: bool) -> tqdm:
-    """Images/s and time left over the whole run."""
-    total, done = (steps * options.train_batch_size for steps in (options.max_train_steps, first_step))
-    return tqdm(
-        desc="train",
-        total=total,
-        initial=done,
-        unit=" images",
-        mininterval=1.0,
-        file=sys.stderr,
-        disable=not enabled,
-    )
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import itertools
 import logging
 import multiprocessing
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,9 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from stages.lib.errors import StageError
+from stages.lib.progress import progress_bar
+from stages.lib.stage_run import keep_freed_memory
 from stages.lib.work import Row, WorkStore
 
 logger = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ def encode_missing(
     encoded = 0
     keys: list[str] = []
     rows: list[Row] = []
-    with tqdm(desc=description, unit=" rows", mininterval=1.0, file=sys.stderr) as progress:
+    with progress_bar(description, "rows") as progress:
         for batch, result in _map_batches(build_encoder, batches, batch_size):
             _check_finite(batch, result)
             keys += [key for key, _, _ in batch]
@@ -185,12 +184,3 @@ def _run_padded(encode: Encode, batch: list[tuple[str, str, Any]], batch_size: i
     inputs = [value for _, _, value in batch]
     inputs += [inputs[-1]] * (batch_size - len(inputs))
     return encode(inputs)[: len(batch)]
-
-
-def keep_freed_memory() -> None:
-    """Stop glibc from returning every activation to the kernel, which costs half the time on CPU."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

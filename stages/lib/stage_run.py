@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -34,6 +35,7 @@ def run_stage(name: str, sections: tuple[str, ...], main: Callable[[Params], Non
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for library in ("httpx", "httpx2", "huggingface_hub", "accelerate"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    keep_freed_memory()
     try:
         with exclusive(work_root() / "locks" / Path.cwd().name / name, f"stage {name}"):
             params = read_params()
@@ -44,6 +46,15 @@ def run_stage(name: str, sections: tuple[str, ...], main: Callable[[Params], Non
         sys.exit(f"\n{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def keep_freed_memory() -> None:
+    """Stop glibc from returning every activation to the kernel, which is slow on the CPU."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def work_root() -> Path:
