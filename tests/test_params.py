@@ -41,6 +41,14 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path, text):
     assert params.train.learning_rate == float(text)
 
 
+def test_no_without_quotes_is_the_choice_no(tmp_path):
+    assert read_params(write(tmp_path / "p.yaml", train__mixed_precision=False)).train.mixed_precision == "no"
+    with pytest.raises(StageError, match=r"train\.mixed_precision: expected text, got True"):
+        read_params(write(tmp_path / "p.yaml", train__mixed_precision=True))
+    with pytest.raises(StageError, match=r"train\.lr_scheduler: expected text, got False"):
+        read_params(write(tmp_path / "p.yaml", train__lr_scheduler=False))
+
+
 def test_all_problems_are_reported_at_once(tmp_path):
     path = write(
         tmp_path / "p.yaml",

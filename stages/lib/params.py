@@ -251,6 +251,8 @@ def _convert(hint: Any, value: Any, limit: Range | Choice | None = None) -> Any:
         if not isinstance(value, list) or not value:
             raise ValueError("a list of one or more values")
         return tuple(_convert(inner, item, limit) for item in value)
+    if hint is str and value is False and isinstance(limit, Choice) and "no" in limit:
+        value = "no"  # `dvc exp run -S` rewrites the file without quotes, and YAML 1.1 reads no as false
     if hint is bool or hint is str:
         if not isinstance(value, hint):
             raise ValueError("true or false" if hint is bool else "text")
