@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import logging
 import math
 from pathlib import Path
 
@@ -39,7 +38,6 @@ from stages.lib.validation import validation_loss
 from stages.lib.work import environment, fingerprint
 
 BASE, UNET, CAPTIONS = Path("data/base"), Path("data/unet"), Path("data/pairs/captions.parquet")
-logger = logging.getLogger(__name__)
 
 Losses = tuple[int, Batch, torch.Tensor]  # global_step, its part of the batch, loss of each sample
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import logging
@@ -17,6 +16,8 @@ import numpy as np
 import torch
 import yaml
 
+from stages.lib.stage_run import keep_freed_memory
+
 CHECKPOINTS = Path(".work/tiny")
 
 
@@ -27,12 +28,7 @@ def read_params(section: str) -> dict:
 def start(section: str) -> dict:
     """Logging, threads and allocator for a training step; returns its parameters."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    if sys.platform == "linux":
-        # glibc hands every activation back to the kernel otherwise; training is 10-50 % slower.
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    keep_freed_memory()
     torch.set_num_threads(int(os.environ.get("TINY_THREADS", os.cpu_count() or 1)))
     return read_params(section)
 
