@@ -113,10 +113,10 @@ def main() -> None:
         style_dropout,
     )
     seconds, loss, first_step = 0.0, 0.0, 0
-    for index, steps in enumerate(params["rounds"]):
+    for index, this in enumerate(params["rounds"]):
         so_far = params | {"rounds": params["rounds"][: index + 1]}
-        loss, spent = train_round(unet, scheduler, data, so_far, first_step, steps)
-        seconds, first_step = seconds + spent, first_step + steps
+        loss, spent = train_round(unet, scheduler, data, so_far, first_step)
+        seconds, first_step = seconds + spent, first_step + this["steps"]
 
     held_out_captions = [row[f"{styles[i]} {names[i]}"] for i in held_out_rows.tolist()]
     held_out_latents = means[held_out_rows] * vae.config.scaling_factor
@@ -177,9 +177,8 @@ def train_round(
     data: TrainingData,
     params: dict,
     first_step: int,
-    steps: int,
 ) -> tuple[float, float]:
-    """Warm-up, half a cosine, and the average's weights rounded to float16, as they ship.
+    """The last of ``params["rounds"]``: warm-up, a cosine, and the average's weights rounded to float16.
 
     A later round starts from what the one before shipped, with a new optimizer, so that a base
     that has shipped can be trained further.
@@ -187,6 +186,8 @@ def train_round(
     Returns:
         The last loss and the seconds spent.
     """
+    this = params["rounds"][-1]
+    steps, schedule_steps = this["steps"], this["schedule_steps"]
     ema = [p.detach().clone() for p in unet.parameters()]
     optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=1e-2, fused=True)
     inputs = [f"tiny/data/{name}" for name in ("emoji.npz", "vae", "clip", "tokenizer")]
@@ -195,7 +196,7 @@ def train_round(
     if state := checkpoint.load():
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
-        ema, step, seconds = state["ema"], state["step"], state["seconds"]
+        ema, step, seconds = [p.detach() for p in state["ema"]], state["step"], state["seconds"]
     progress, begun = Progress(steps, params["batch_size"]), time.monotonic()
     loss = torch.tensor(0.0)
     while step < steps:
@@ -203,17 +204,18 @@ def train_round(
         latents, noise, timesteps, encoder_hidden_states = data.draw(params["batch_size"], generator)
         noisy_latents = scheduler.add_noise(latents, noise, timesteps)
         model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
-        snr = scheduler.alphas_cumprod[timesteps] / (1 - scheduler.alphas_cumprod[timesteps])
-        weights = snr.clamp(max=params["snr_gamma"]) / snr
+        weights = loss_weights(scheduler.alphas_cumprod[timesteps], params["snr_gamma"], this["loss"])
         loss = (F.mse_loss(model_pred, noise, reduction="none").mean((1, 2, 3)) * weights).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = params["learning_rate"] * cosine_schedule(step, steps, params["lr_warmup_steps"])
+            group["lr"] = params["learning_rate"] * cosine_schedule(
+                step, schedule_steps, params["lr_warmup_steps"]
+            )
         optimizer.step()
         optimizer.zero_grad()
         decay = min(params["ema_decay"], (step + 1) / (step + 10))
-        torch._foreach_lerp_(ema, list(unet.parameters()), 1 - decay)
+        torch._foreach_lerp_(ema, [p.detach() for p in unet.parameters()], 1 - decay)
         step += 1
         progress.log(step, loss=loss.detach())
         if step % 250 == 0 or step == steps:
@@ -225,6 +227,17 @@ def train_round(
         for parameter, average in zip(unet.parameters(), ema, strict=True):
             parameter.copy_(average.half().float())
     return loss.item(), seconds + time.monotonic() - begun
+
+
+def loss_weights(alphas_cumprod: torch.Tensor, snr_gamma: float, loss: str) -> torch.Tensor:
+    """Weight of each sample's squared error of the noise, (B,): min(snr, gamma) / snr (Hang et al. 2023).
+
+    With the ``velocity`` loss the error is that of v, 1 + 1 / snr times that of the noise (Salimans and
+    Ho 2022, section 4): without it, what a picture shows is decided at noise levels that hardly weigh.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    weights = snr.clamp(max=snr_gamma) / snr
+    return weights * (1 + 1 / snr) if loss == "velocity" else weights
 
 
 @torch.no_grad()
