@@ -1,5 +1,6 @@
 """The moving average against diffusers' EMAModel."""
 
+import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
@@ -11,21 +12,49 @@ def parameters(seed: int) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 4), (5,))]
 
 
-def test_equals_diffusers_through_warm_up_and_beyond():
+@pytest.mark.parametrize("update_after_step", [0, 1, 7])
+@pytest.mark.parametrize("power", [None, 2 / 3, 1.0])
+def test_equals_diffusers_through_warm_up_and_beyond(power, update_after_step):
     live = parameters(0)
-    average = MovingAverage(live, max_decay=0.9)
-    # diffusers counts the first update as step 0 of its warm-up and copies the weights there.
-    reference = EMAModel(live, decay=0.9)
-    reference.optimization_step = 1
-    for step in range(1, 40):
+    average = MovingAverage(live, 0.8, power, update_after_step)
+    # diffusers copies the weights for one update more than it is asked to wait.
+    reference = EMAModel(
+        live,
+        decay=0.8,
+        use_ema_warmup=power is not None,
+        power=power or 0.0,
+        update_after_step=update_after_step - 1,
+    )
+    for step in range(1, 51):
         with torch.no_grad():
             for parameter, moved in zip(live, parameters(step), strict=True):
                 parameter.copy_(moved)
         average.update()
         reference.step(live)
-    assert average.max_decay == 0.9
-    for mine, theirs in zip(average.average, reference.shadow_params, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        for mine, theirs in zip(average.average, reference.shadow_params, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=5e-7)
+    assert reference.cur_decay_value == 0.8
+    assert average.max_decay == 0.8
+
+
+def test_the_average_is_a_copy_until_it_starts():
+    live = parameters(0)
+    average = MovingAverage(live, max_decay=0.9, update_after_step=2)
+    for step in (1, 2, 3):
+        with torch.no_grad():
+            live[0].copy_(parameters(step)[0])
+        average.update()
+        assert torch.equal(average.average[0], live[0]) == (step <= 2)
+
+
+def test_power_one_is_the_mean_of_all_weights():
+    live = [torch.nn.Parameter(torch.zeros(1))]
+    average = MovingAverage(live, max_decay=1.0, power=1.0)
+    for step in range(1, 10):
+        with torch.no_grad():
+            live[0].fill_(step)
+        average.update()
+    torch.testing.assert_close(average.average[0], torch.tensor([sum(range(10)) / 10]))
 
 
 def test_warm_up_in_numbers():

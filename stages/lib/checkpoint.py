@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 
 from stages.lib.ema import MovingAverage
-from stages.lib.work import remove_partials, write_atomically
+from stages.lib.work import open_atomically, remove_partials
+from stages.lib.work_directory import mark_used, trim, use
 
 logger = logging.getLogger(__name__)
 KEPT = 2
@@ -64,12 +64,14 @@ class Checkpoints:
     """The checkpoints of one run, ``<root>/train/<fingerprint>/step-<n>.pt``.
 
     A changed parameter, weight, caption or library is another fingerprint, so a checkpoint is
-    never continued under values it was not made with.
+    never continued under values it was not made with. The directory is in use, and so never trimmed,
+    while this object lives.
     """
 
     def __init__(self, root: Path, run_fingerprint: str) -> None:
+        self._root = root
         self.directory = root / "train" / run_fingerprint[:20]
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self._use = use(self.directory)
         remove_partials(self.directory)
 
     def paths(self) -> list[Path]:
@@ -79,11 +81,12 @@ class Checkpoints:
     def save(self, global_step: int, state: dict[str, Any]) -> Path:
         """Write atomically and durably; older ones but for the last two are removed."""
         path = self.directory / f"step-{global_step:08d}.pt"
-        content = io.BytesIO()
-        torch.save({"global_step": global_step, **state}, content)
-        write_atomically(path, content.getvalue())
+        with open_atomically(path) as handle:
+            torch.save({"global_step": global_step, **state}, handle)
+        mark_used(path)
         for old in self.paths()[:-KEPT]:
-            old.unlink()
+            old.unlink(missing_ok=True)  # the same run elsewhere may have done it
+        trim(self._root)
         return path
 
     def load_latest(self) -> dict[str, Any] | None:
@@ -94,6 +97,7 @@ class Checkpoints:
             except Exception as error:  # torch raises a dozen types for a damaged archive
                 logger.warning("%s: cannot be read (%s), an older checkpoint is tried", path, error)
                 continue
+            mark_used(path)
             logger.info("resuming at step %d from %s", state["global_step"], path)
             return state
         return None

@@ -11,24 +11,37 @@ import torch
 class MovingAverage:
     """average <- decay * average + (1 - decay) * weights, once an optimizer step.
 
-    The decay warms up as (1 + n) / (10 + n), as in diffusers' EMAModel and TensorFlow's
-    ExponentialMovingAverage, and never exceeds ``max_decay``.
+    The decay warms up with the number n of updates that count, and never exceeds ``max_decay``:
+    as (1 + n) / (10 + n), like TensorFlow's ExponentialMovingAverage, or, with ``power``, as
+    1 - (1 + n)^-power. Both are those of diffusers' EMAModel.
 
     Args:
-        parameters: the live weights; their values are the first average, in float32.
+        parameters: the weights to average, those that are trained; their values are the first
+            average.
         max_decay: upper bound of the decay, from 0 to 1.
+        power: of the second warm-up, above 0; 1 averages all updates alike until ``max_decay``,
+            2/3 reaches 0.999 after 31,600 updates, 3/4 after 10,000. None takes the first.
+        update_after_step: updates for which the average is a plain copy of the weights.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], max_decay: float) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        max_decay: float,
+        power: float | None = None,
+        update_after_step: int = 0,
+    ) -> None:
         self.parameters = list(parameters)
         self.max_decay = max_decay
+        self.power = power
+        self.update_after_step = update_after_step
         self.num_updates = 0
         self.average = [parameter.detach().clone() for parameter in self.parameters]
 
     @torch.no_grad()
     def update(self) -> None:
         self.num_updates += 1
-        decay = min(self.max_decay, (1 + self.num_updates) / (10 + self.num_updates))
+        decay = self._decay(self.num_updates - self.update_after_step)
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1.0 - decay)
 
     @contextmanager
@@ -47,6 +60,13 @@ class MovingAverage:
         self.num_updates = state["num_updates"]
         for average, saved in zip(self.average, state["average"], strict=True):
             average.copy_(saved)
+
+    def _decay(self, num_updates: int) -> float:
+        if num_updates <= 0:
+            return 0.0
+        if self.power is None:
+            return min(self.max_decay, (1 + num_updates) / (10 + num_updates))
+        return min(self.max_decay, 1.0 - (1 + num_updates) ** -self.power)
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from stages.lib.errors import StageError
+from stages.lib.full_disk import describe_full_disk
+from stages.lib.launch import launch, launch_command, process_index
 from stages.lib.params import Params, read_params
+from stages.lib.work_directory import exclusive, format_bytes, max_work_bytes, trim, work_root
 
 logger = logging.getLogger(__name__)
 
 
-def run_stage(name: str, sections: tuple[str, ...], main: Callable[[Params], None]) -> None:
+def run_stage(
+    name: str, sections: tuple[str, ...], main: Callable[[Params], None], distributed: bool = False
+) -> None:
     """Run a stage's ``main`` with validated parameters; exit 1 with one clear error if it fails.
 
     DVC hashes params.yaml and the code when a stage *ends*. What moved while the stage ran would
@@ -31,21 +35,28 @@ def run_stage(name: str, sections: tuple[str, ...], main: Callable[[Params], Non
         name: of the stage, as in dvc.yaml; one process at a time runs it on this work directory.
         sections: of params.yaml that the stage depends on.
         main: the stage.
+        distributed: several processes can share the work; ``SD_LAUNCH`` then starts them.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for library in ("httpx", "httpx2", "huggingface_hub", "accelerate"):
         logging.getLogger(library).setLevel(logging.WARNING)
     keep_freed_memory()
     try:
-        with exclusive(work_root() / "locks" / Path.cwd().name / name, f"stage {name}"):
-            params = read_params()
-            code = _loaded_code()
-            main(params)
-            _check_unmoved(name, sections, params, code)
-    except StageError as error:
-        sys.exit(f"\n{name}: {error}")
+        max_work_bytes()
+        command = launch_command() if distributed else None
+        with _turn(name):
+            if command is None:
+                _run_main(name, sections, main)
+        if command is not None:  # its first process takes the turn
+            launch(command)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        message = describe_full_disk(error) or (str(error) if isinstance(error, StageError) else None)
+        if message is None:
+            raise
+        process = f", process {process_index()}" if process_index() else ""
+        sys.exit(f"\n{name}{process}: {message}")
 
 
 def keep_freed_memory() -> None:
@@ -55,48 +66,6 @@ def keep_freed_memory() -> None:
         if hasattr(libc, "mallopt"):
             libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def work_root() -> Path:
-    """The directory of caches and checkpoints: ``SD_WORK``, or ``.work`` of the main checkout.
-
-    `dvc exp run --temp` and queued runs work in ``.dvc/tmp/exps/<name>``; they share the main
-    checkout's directory, so that what is encoded once is encoded once.
-    """
-    if configured := os.environ.get("SD_WORK"):
-        return Path(configured).resolve()
-    here = Path.cwd().resolve()
-    for parent in here.parents:
-        if parent.parts[-3:] == (".dvc", "tmp", "exps"):
-            return parent.parents[2] / ".work"
-    return here / ".work"
-
-
-@contextlib.contextmanager
-def exclusive(path: Path, what: str) -> Iterator[None]:
-    """Hold an advisory lock on ``path``; wait, naming the holder, while another process has it.
-
-    Killing dvc leaves its stage running: the next run must not write beside it. The kernel
-    drops the lock when its holder dies, however it dies.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if os.environ.get("RANK", "0") != "0":  # the first process of `accelerate launch` holds it for all
-        yield
-        return
-    with open(path, "a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            logger.warning(
-                "waiting: %s is being run by process %s (lock %s)", what, handle.read() or "?", path
-            )
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        handle.seek(0)
-        handle.truncate()
-        handle.write(str(os.getpid()))
-        handle.flush()
-        yield
 
 
 def fresh_directory(path: Path) -> Path:
@@ -132,6 +101,39 @@ def _loaded_code() -> dict[str, str]:
         if name == "__main__" or name.split(".")[0] == "stages"
     ]
     return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if file}
+
+
+def _turn(name: str) -> contextlib.AbstractContextManager[None]:
+    """The stage's turn on this work directory; the first of several processes waits for all."""
+    if process_index() > 0:
+        return contextlib.nullcontext()
+    return exclusive(work_root() / "locks" / Path.cwd().name / name, f"stage {name}")
+
+
+def _run_main(name: str, sections: tuple[str, ...], main: Callable[[Params], None]) -> None:
+    started = time.time_ns()
+    try:
+        params = read_params()
+        code = _loaded_code()
+        main(params)
+        _check_unmoved(name, sections, params, code)
+    finally:
+        if process_index() == 0:
+            _trim(started)
+
+
+def _trim(started: int) -> None:
+    root, bound = work_root(), max_work_bytes()
+    try:
+        held = trim(root, used_since=started)
+    except OSError as error:  # such as a full disk, which has failed the stage already
+        logger.warning("%s could not be trimmed: %s", root, error)
+        return
+    if bound is not None and held > bound:
+        sizes = format_bytes(held), format_bytes(bound)
+        logger.warning(
+            "%s: what is in use needs %s, SD_WORK_MAX_BYTES is %s: nothing of it was dropped", root, *sizes
+        )
 
 
 def _check_unmoved(name: str, sections: tuple[str, ...], params: Params, code: dict[str, str]) -> None:
