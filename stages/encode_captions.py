@@ -1,7 +1,7 @@
 """Encode every distinct caption once with the frozen text encoder.
 
 Reads  data/tokens.zarr, data/base/text_encoder
-Writes data/captions.zarr (encoder_hidden_states (U, 77, D) float16, caption (U,)),
+Writes data/captions.zarr (encoder_hidden_states (U, C * 77, D) float16, caption (U,)),
        data/encode_captions_metrics.json
 Params encode_captions
 """
@@ -9,36 +9,34 @@ Params encode_captions
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from stages.lib.base_model import component_fingerprint, load_text_encoder, read_config
-from stages.lib.conditioning import encode_text
-from stages.lib.encoding import Encode, encode_missing
+from stages.lib.base_model import BASE, component_fingerprint, read_config
+from stages.lib.encoding import Encoder, Item, encode_missing, processes
 from stages.lib.errors import StageError
 from stages.lib.params import EncodeCaptions, Params
 from stages.lib.stage_run import run_stage, work_root, write_json
-from stages.lib.stores import ArraySpec, create_store, finish_store, open_store, read_array, write_rows
+from stages.lib.stores import (
+    ArraySpec,
+    create_store,
+    finish_store,
+    iter_array,
+    open_store,
+    read_array,
+    verify_store,
+    write_rows,
+)
+from stages.lib.text_encoder import build_encoder
 from stages.lib.work import Row, WorkStore, environment, fingerprint, source_fingerprint
 
-TOKENS, CAPTIONS, BASE = Path("data/tokens.zarr"), Path("data/captions.zarr"), Path("data/base")
-
-
-def build_encoder(options: EncodeCaptions, device: str) -> Encode:
-    """The text encoder as a function of input_ids (77,) int32 -> encoder_hidden_states (77, D) float16."""
-    text_encoder = load_text_encoder(BASE).to(device, getattr(torch, options.dtype))
-
-    @torch.inference_mode()
-    def encode(input_ids: Sequence[np.ndarray]) -> list[Row]:
-        ids = torch.from_numpy(np.stack(input_ids)).long().to(device)  # (B, 77)
-        hidden_states = encode_text(text_encoder, ids, options.clip_skip)  # (B, 77, D)
-        return [{"encoder_hidden_states": row} for row in hidden_states.to("cpu", torch.float16).numpy()]
-
-    return encode
+TOKENS, CAPTIONS = Path("data/tokens.zarr"), Path("data/captions.zarr")
 
 
 def check_clip_skip(options: EncodeCaptions) -> None:
@@ -55,43 +53,88 @@ def main(params: Params) -> None:
     options = params.encode_captions
     check_clip_skip(options)
     tokens = open_store(TOKENS, "tokenize")
-    input_ids = read_array(TOKENS, tokens, "input_ids", "tokenize")  # (U, 77)
+    num_chunks = tokens.attrs["num_chunks"]
     captions = read_array(TOKENS, tokens, "caption", "tokenize").tolist()
+    input_ids = read_array(TOKENS, tokens, "input_ids", "tokenize")  # (U, C * 77)
+    windows = input_ids.reshape(len(captions) * num_chunks, -1)  # (U * C, 77)
+    keys = [fingerprint(ids.tolist()) for ids in windows]
     recipe = {
         "model": component_fingerprint(BASE / "text_encoder"),
         "clip_skip": options.clip_skip,
         "dtype": options.dtype,
         "batch_size": options.batch_size,
-        "code": source_fingerprint(build_encoder, encode_text),
+        "code": source_fingerprint(build_encoder),
         **environment("transformers"),
     }
     store = WorkStore(work_root(), "encode_captions", recipe)
-    keys = [fingerprint(ids.tolist()) for ids in input_ids]
-    store.damaged(keys)
-    items = zip(keys, map(repr, captions), input_ids, strict=True)
-    encode_missing(
-        store, items, functools.partial(build_encoder, options), options.batch_size, "encode captions"
-    )
+    encode(store, captions, windows, keys, options)
+    if not processes().is_main_process:
+        return
 
-    width = next(store.rows(keys[:1]))["encoder_hidden_states"].shape[-1]
-    schema = {
-        "encoder_hidden_states": ArraySpec(
-            (*input_ids.shape, width), np.float16, ("caption", "token", "hidden")
-        ),
-        "caption": ArraySpec((len(captions),), str, ("caption",)),
-    }
     attributes = {
         "model_fingerprint": recipe["model"],
         "clip_skip": options.clip_skip,
         "empty_row": tokens.attrs["empty_row"],
+        "num_chunks": num_chunks,
     }
-    output = create_store(CAPTIONS, schema, attributes)
-    texts = (np.asarray(caption, np.dtypes.StringDType()) for caption in captions)
-    write_rows(output, ({**row, "caption": text} for row, text in zip(store.rows(keys), texts, strict=True)))
-    finish_store(CAPTIONS, output)
-    statistics = mean_and_std(row["encoder_hidden_states"] for row in store.rows(keys))
-    metrics = {"num_encoded_captions": len(captions), **statistics}
+    redone = write_captions(store, captions, keys, attributes)
+    output = verify_store(CAPTIONS, "encode_captions")
+    blocks = iter_array(CAPTIONS, output, "encoder_hidden_states", "encode_captions")
+    metrics = {
+        "num_encoded_captions": len(captions),
+        "num_windows_redone_in_float32": len(redone),
+        **mean_and_std(row for block in blocks for row in block),
+    }
     write_json(Path("data/encode_captions_metrics.json"), metrics)
+
+
+def encode(
+    store: WorkStore, captions: list[str], windows: np.ndarray, keys: list[str], options: EncodeCaptions
+) -> None:
+    """A row of encoder_hidden_states for every window of every caption, in the work store."""
+    num_chunks = len(windows) // len(captions)
+
+    def items(missing: set[str]) -> Iterator[Item]:
+        for index, (key, input_ids) in enumerate(zip(keys, windows, strict=True)):
+            yield Item(key, repr(captions[index // num_chunks]), input_ids)
+
+    build = functools.partial(build_encoder, options.clip_skip)
+    # Token ids are their own input: there is nothing to load.
+    encoder = Encoder(np.asarray, build, options.batch_size, options.dtype)
+    encode_missing(store, keys, items, encoder, "encode captions")
+
+
+def write_captions(
+    store: WorkStore, captions: list[str], keys: list[str], attributes: dict[str, Any]
+) -> set[str]:
+    """data/captions.zarr: each caption's windows side by side.
+
+    Returns:
+        Keys of the windows that overflowed in the dtype of the params, and were encoded in float32.
+    """
+    num_chunks = attributes["num_chunks"]
+    length, width = next(store.rows(keys[:1]))["encoder_hidden_states"].shape
+    shape = (len(captions), num_chunks * length, width)
+    schema = {
+        "encoder_hidden_states": ArraySpec(shape, np.float16, ("caption", "token", "hidden")),
+        "caption": ArraySpec(shape[:1], str, ("caption",)),
+    }
+    redone: set[str] = set()
+
+    def rows() -> Iterator[Row]:
+        windows = zip(keys, store.rows(keys), strict=True)
+        for caption in captions:
+            parts = list(itertools.islice(windows, num_chunks))
+            redone.update(key for key, row in parts if row.get("redone"))
+            yield {
+                "encoder_hidden_states": np.concatenate([row["encoder_hidden_states"] for _, row in parts]),
+                "caption": np.asarray(caption, np.dtypes.StringDType()),
+            }
+
+    output = create_store(CAPTIONS, schema, attributes)
+    write_rows(output, rows())
+    finish_store(CAPTIONS, output)
+    return redone
 
 
 def mean_and_std(arrays: Iterable[np.ndarray]) -> dict[str, float]:

@@ -1,7 +1,9 @@
 """Encode every image once with the frozen VAE into the moments of its latents.
 
 Reads  data/pairs/images, data/base/vae
-Writes data/latents.zarr (mean, logvar (N, V, 4, h, w) float16 unscaled, sample_id (N,)),
+Writes data/latents.zarr (mean, logvar (N, V, 4, h, w) float16 unscaled, sample_id (N,); with buckets
+       one such group for each shape, named by its width and height in pixels),
+       data/encode_images_report (shapes.csv, left_out.jsonl, worst_reconstructions.png),
        data/encode_images_metrics.json
 Params encode_images
 """
@@ -9,177 +11,238 @@ Params encode_images
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+from stages.lib.autoencoder import build_encoder, build_reconstructor
 from stages.lib.base_model import component_fingerprint, load_vae
-from stages.lib.draws import unit_interval
-from stages.lib.encoding import Encode, encode_missing
+from stages.lib.encoding import Encoder, Item, encode_missing, processes
+from stages.lib.encoding_report import (
+    REPORT,
+    Reconstruction,
+    draw_reconstructions,
+    fixed_sample,
+    scores,
+    worst,
+    write_left_out,
+    write_shapes,
+)
 from stages.lib.errors import StageError
-from stages.lib.latents import channel_statistics, read_latents
+from stages.lib.framing import FramedImage, Framing, LeftOut, Size, allowed_sizes, frame_images, view_names
+from stages.lib.latents import LATENTS, channel_statistics
 from stages.lib.pairs import image_index, iter_images, read_images
 from stages.lib.params import EncodeImages, Params
 from stages.lib.pixels import load_pixels
-from stages.lib.stage_run import run_stage, work_root, write_json
-from stages.lib.stores import ArraySpec, create_store, finish_store, write_rows
+from stages.lib.stage_run import fresh_directory, run_stage, work_root, write_json
+from stages.lib.stores import ArraySpec, create_store, finish_store, iter_array, verify_store, write_rows
 from stages.lib.work import Row, WorkStore, environment, source_fingerprint
 
-IMAGES, LATENTS, BASE = Path("data/pairs/images"), Path("data/latents.zarr"), Path("data/base")
-
-
-def stack_pixels(inputs: Sequence[tuple[bytes, str]], options: EncodeImages) -> torch.Tensor:
-    """Image bytes and views -> (B, 3, r, r) float32 in [-1, 1]."""
-    return torch.stack(
-        [load_pixels(image, options.resolution, options.interpolation, view) for image, view in inputs]
-    )
-
-
-def place_vae(options: EncodeImages, device: str) -> AutoencoderKL:
-    """The base's VAE on ``device``, in the dtype of the params."""
-    vae = load_vae(BASE).to(device, memory_format=torch.channels_last)
-    return vae if options.dtype == "float32" else vae.to(getattr(torch, options.dtype))
-
-
-def build_encoder(options: EncodeImages, device: str) -> Encode:
-    """The VAE's encoder as a function of (image bytes, view) -> mean, logvar (4, h, w) float16, unscaled."""
-    vae = place_vae(options, device)
-
-    @torch.inference_mode()
-    def encode(inputs: Sequence[tuple[bytes, str]]) -> list[Row]:
-        pixels = stack_pixels(inputs, options)
-        pixels = pixels.to(device, vae.dtype, memory_format=torch.channels_last)
-        posterior = vae.encode(pixels).latent_dist
-        means, logvars = (m.float().cpu().half().numpy() for m in (posterior.mean, posterior.logvar))
-        return [{"mean": mean, "logvar": logvar} for mean, logvar in zip(means, logvars, strict=True)]
-
-    return encode
-
-
-def build_reconstructor(options: EncodeImages, device: str) -> Encode:
-    """decode(mean) against the pixels, as (image bytes, mean) -> PSNR in dB on the 8-bit range."""
-    vae = place_vae(options, device)
-
-    @torch.inference_mode()
-    def reconstruct(inputs: Sequence[tuple[bytes, np.ndarray]]) -> list[Row]:
-        mean = torch.from_numpy(np.stack([mean for _, mean in inputs])).to(device, vae.dtype)  # (B, 4, h, w)
-        decoded = vae.decode(mean).sample.float().cpu().clamp(-1, 1)  # (B, 3, r, r)
-        pixels = stack_pixels([(image, "centre") for image, _ in inputs], options)
-        mse = ((decoded - pixels) / 2).square().mean(dim=(1, 2, 3))
-        psnr = -10.0 * mse.clamp(min=1e-10).log10()
-        return [{"psnr": value} for value in psnr.numpy()]
-
-    return reconstruct
+IMAGES, BASE = Path("data/pairs/images"), Path("data/base")
+METRICS = Path("data/encode_images_metrics.json")
+logger = logging.getLogger(__name__)
 
 
 def main(params: Params) -> None:
     options = params.encode_images
     vae_config = load_vae(BASE).config
-    side = latent_side(options, vae_config)
-    views = ["centre", "flipped"] if options.horizontal_flip else ["centre"]
+    sizes = allowed_sizes(options)
+    check_sizes(sizes, downsampling(vae_config))
+    images, left_out = frame_images(image_index(IMAGES), sizes, options)
+    check_left_out(images, left_out)
     recipe = {
         "model": component_fingerprint(BASE / "vae"),
-        "resolution": options.resolution,
         "interpolation": options.interpolation,
+        "jpeg_draft": options.jpeg_draft,
         "dtype": options.dtype,
         "batch_size": options.batch_size,
         "code": source_fingerprint(build_encoder, load_pixels),
-        **environment("diffusers", "pillow"),
+        **environment("diffusers", "pillow", "scikit-image"),
     }
     moments = WorkStore(work_root(), "encode_images", recipe)
-    sample_ids, hashes = image_index(IMAGES)
-    keys = [f"{digest}-{view}" for digest in hashes for view in views]
-    moments.damaged(keys)
-    items = (
-        (f"{digest}-{view}", f"{sample_id} ({view})", (image, view))
-        for sample_id, image, digest in iter_images(IMAGES)
-        for view in views
-    )
-    encode = functools.partial(build_encoder, options)
-    encode_missing(moments, items, encode, options.batch_size, "encode images")
+    encode(moments, images, options)
+    checked = fixed_sample(images, options.num_reconstructions)
+    decoded = WorkStore(work_root(), "reconstruct_images", recipe)
+    reconstruct(decoded, moments, checked, options)
+    if not processes().is_main_process:
+        return
 
     attributes = {
         "scaling_factor": vae_config.scaling_factor,
         "shift_factor": getattr(vae_config, "shift_factor", None),
         "resolution": options.resolution,
-        "views": views,
+        "views": view_names(options),
+        "left_out": [image.sample_id for image in left_out],
         "model_fingerprint": recipe["model"],
     }
-    shape = (len(sample_ids), len(views), vae_config.latent_channels, side, side)
-    write_latents(shape, attributes, sample_rows(moments, sample_ids, keys, len(views)))
-
-    psnr = reconstruction_psnr(options, recipe, moments, dict(zip(sample_ids, hashes, strict=True)))
+    groups = by_shape(images, options)
+    write_latents(moments, groups, attributes, downsampling(vae_config), vae_config.latent_channels)
+    store = verify_store(LATENTS, "encode_images")
+    reconstructions = read_reconstructions(decoded, checked)
+    write_report(groups, left_out, reconstructions, options)
+    means = (block for name in groups for block in iter_array(LATENTS, store, f"{name}mean", "encode_images"))
     metrics = {
-        **channel_statistics(read_latents().mean.numpy()),
-        "num_encoded_images": len(sample_ids),
-        "reconstruction_psnr": psnr.mean(),
-        "reconstruction_psnr_worst": psnr.min(),
+        "num_encoded_images": len(images),
+        "num_left_out": len(left_out),
+        "num_redone_in_float32": sum(bool(row.get("redone")) for row in moments.rows(all_keys(images))),
+        "cropped_fraction": float(np.mean([image.cropped_fraction for image in images])),
+        **channel_statistics(means),
+        **scores(reconstructions),
     }
-    write_json(Path("data/encode_images_metrics.json"), metrics)
+    write_json(METRICS, metrics)
 
 
-def latent_side(options: EncodeImages, vae_config: Any) -> int:
-    """Side of the square latents; StageError if the resolution does not divide."""
-    factor = 2 ** (len(vae_config.block_out_channels) - 1)
-    if options.resolution % factor:
+def check_sizes(sizes: list[Size], factor: int) -> None:
+    """Raise StageError if a shape does not divide by the VAE's downsampling factor."""
+    for size in sizes:
+        if size.width % factor or size.height % factor:
+            raise StageError(
+                f"params.yaml: encode_images allows {size} pixels, expected multiples of {factor}, the VAE's "
+                "downsampling factor; see resolution, bucket_sizes and bucket_step"
+            )
+
+
+def downsampling(vae_config: Any) -> int:
+    """Pixels a latent, along each side."""
+    return 2 ** (len(vae_config.block_out_channels) - 1)
+
+
+def check_left_out(images: list[FramedImage], left_out: list[LeftOut]) -> None:
+    """Say what is left out; raise StageError if that is everything."""
+    if left_out:
+        logger.warning("%d images are too small, see %s", len(left_out), REPORT / "left_out.jsonl")
+    if not images:
         raise StageError(
-            f"params.yaml: encode_images.resolution {options.resolution} is not a multiple of {factor}, "
-            "the VAE's downsampling factor"
+            f"all {len(left_out)} images are too small, the first: {left_out[0].sample_id}: "
+            f"{left_out[0].reason}; raise it, or allow smaller shapes"
         )
-    return options.resolution // factor
+
+
+def encode(moments: WorkStore, images: list[FramedImage], options: EncodeImages) -> None:
+    """Rows of mean and logvar for every view of every image, in the work store."""
+    image_of = {image.sample_id: image for image in images}
+    names = view_names(options)
+
+    def items(missing: set[str]) -> Iterator[Item]:
+        wanted = {image.sample_id for image in images if not missing.isdisjoint(image.keys)}
+        for sample_id, content in iter_images(IMAGES, wanted):
+            image = image_of[sample_id]
+            for key, view, name in zip(image.keys, image.views, names, strict=True):
+                yield Item(key, f"{sample_id} ({name})", (content, view), image.size)
+
+    load = functools.partial(load_view, options)
+    encoder = Encoder(load, build_encoder, options.batch_size, options.dtype)
+    encode_missing(moments, all_keys(images), items, encoder, "encode images")
+
+
+def reconstruct(
+    decoded: WorkStore, moments: WorkStore, images: list[FramedImage], options: EncodeImages
+) -> None:
+    """Rows of psnr, ssim and decoded for the centre view of ``images``, in the work store."""
+
+    def items(missing: set[str]) -> Iterator[Item]:
+        wanted = [image for image in images if image.keys[0] in missing]
+        contents = read_images(IMAGES, [image.sample_id for image in wanted])
+        rows = moments.rows([image.keys[0] for image in wanted])
+        for image, row in zip(wanted, rows, strict=True):
+            value = (contents[image.sample_id], image.views[0], row["mean"])
+            yield Item(image.keys[0], image.sample_id, value, image.size)
+
+    load = functools.partial(load_view_and_mean, options)
+    encoder = Encoder(load, build_reconstructor, options.batch_size, options.dtype)
+    encode_missing(decoded, [image.keys[0] for image in images], items, encoder, "reconstruct images")
+
+
+def load_view(options: EncodeImages, value: tuple[bytes, Framing]) -> np.ndarray:
+    """(image, framing) -> (height, width, 3) uint8."""
+    return load_pixels(*value, options.interpolation, options.jpeg_draft)
+
+
+def load_view_and_mean(
+    options: EncodeImages, value: tuple[bytes, Framing, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(image, framing, mean) -> (height, width, 3) uint8, mean (4, h, w)."""
+    image, framing, mean = value
+    return load_view(options, (image, framing)), mean
+
+
+def all_keys(images: Sequence[FramedImage]) -> list[str]:
+    return [key for image in images for key in image.keys]
+
+
+def by_shape(images: list[FramedImage], options: EncodeImages) -> dict[str, list[FramedImage]]:
+    """Where in the store -> images: the root without buckets, else a group a shape."""
+    if options.buckets == "square":
+        return {"": images}
+    groups: dict[str, list[FramedImage]] = defaultdict(list)
+    for image in images:
+        groups[f"{image.size}/"].append(image)
+    return dict(sorted(groups.items()))
 
 
 def write_latents(
-    shape: tuple[int, ...], attributes: dict[str, Any], rows: Iterable[dict[str, np.ndarray]]
+    moments: WorkStore,
+    groups: dict[str, list[FramedImage]],
+    attributes: dict[str, Any],
+    factor: int,
+    latent_channels: int,
 ) -> None:
-    """data/latents.zarr: moments of ``shape`` (N, V, 4, h, w) and the name of each sample."""
+    """data/latents.zarr: moments and names, each group in ``sample_id`` order."""
     dimensions = ("sample", "view", "channel", "height", "width")
-    schema = {
-        "mean": ArraySpec(shape, np.float16, dimensions),
-        "logvar": ArraySpec(shape, np.float16, dimensions),
-        "sample_id": ArraySpec(shape[:1], str, ("sample",)),
-    }
+    schema = {}
+    for name, images in groups.items():
+        width, height = (side // factor for side in images[0].size)
+        shape = (len(images), len(images[0].views), latent_channels, height, width)
+        schema[f"{name}mean"] = ArraySpec(shape, np.float16, dimensions)
+        schema[f"{name}logvar"] = ArraySpec(shape, np.float16, dimensions)
+        schema[f"{name}sample_id"] = ArraySpec(shape[:1], str, ("sample",))
     store = create_store(LATENTS, schema, attributes)
-    write_rows(store, rows)
+    for name, images in groups.items():
+        write_rows(store[name.rstrip("/")] if name else store, sample_rows(moments, images))
     finish_store(LATENTS, store)
 
 
-def sample_rows(
-    moments: WorkStore, sample_ids: list[str], keys: list[str], num_views: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """The store's rows in ``sample_id`` order: each sample's views side by side, (V, 4, h, w)."""
-    rows = moments.rows(keys)
-    for sample_id in sample_ids:
-        views = [next(rows) for _ in range(num_views)]
+def sample_rows(moments: WorkStore, images: list[FramedImage]) -> Iterator[Row]:
+    """Each image's views side by side, (V, 4, h, w), and its name."""
+    rows = moments.rows(all_keys(images))
+    for image in images:
+        views = [next(rows) for _ in image.views]
         yield {
             "mean": np.stack([view["mean"] for view in views]),
             "logvar": np.stack([view["logvar"] for view in views]),
-            "sample_id": np.asarray(sample_id, np.dtypes.StringDType()),
+            "sample_id": np.asarray(image.sample_id, np.dtypes.StringDType()),
         }
 
 
-def reconstruction_psnr(
-    options: EncodeImages, recipe: dict, moments: WorkStore, hash_of: dict[str, str]
-) -> np.ndarray:
-    """PSNR in dB of a fixed sample of images, chosen by sample_id alone: new images change few of them."""
-    chosen = sorted(hash_of, key=lambda sample_id: unit_interval(0, "reconstruction", sample_id))
-    chosen = sorted(chosen[: options.num_reconstructions])
-    store = WorkStore(work_root(), "reconstruct_images", recipe)
-    keys = [hash_of[sample_id] for sample_id in chosen]
-    store.damaged(keys)
-    images = read_images(IMAGES, chosen)
-    means = (row["mean"] for row in moments.rows([f"{key}-centre" for key in keys]))
-    items = (
-        (key, sample_id, (images[sample_id], mean))
-        for key, sample_id, mean in zip(keys, chosen, means, strict=True)
-    )
-    build = functools.partial(build_reconstructor, options)
-    encode_missing(store, items, build, options.batch_size, "reconstruct images")
-    return np.array([row["psnr"] for row in store.rows(keys)], np.float64)
+def read_reconstructions(decoded: WorkStore, images: list[FramedImage]) -> list[Reconstruction]:
+    """What `reconstruct` made of ``images``."""
+    rows = decoded.rows([image.keys[0] for image in images])
+    return [
+        Reconstruction(image.sample_id, float(row["psnr"]), float(row["ssim"]), row["decoded"])
+        for image, row in zip(images, rows, strict=True)
+    ]
+
+
+def write_report(
+    groups: dict[str, list[FramedImage]],
+    left_out: list[LeftOut],
+    reconstructions: list[Reconstruction],
+    options: EncodeImages,
+) -> None:
+    """data/encode_images_report: shapes, images left out, and the worst reconstructions drawn."""
+    fresh_directory(REPORT)
+    write_left_out(REPORT / "left_out.jsonl", left_out)
+    write_shapes(REPORT / "shapes.csv", list(groups.values()))
+    centre = {image.sample_id: image.views[0] for images in groups.values() for image in images}
+    drawn = worst(reconstructions)
+    contents = read_images(IMAGES, [each.sample_id for each in drawn])
+    pictures = [load_view(options, (content, centre[name])) for name, content in contents.items()]
+    title = f"The {len(drawn)} worst of {len(reconstructions)} reconstructions"
+    draw_reconstructions(title, drawn, pictures).save(REPORT / "worst_reconstructions.png")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from PIL import Image
 
 from stages.lib.base_model import load_scheduler
-from stages.lib.conditioning import read_conditioning
+from stages.lib.conditioning import check_text_encoder, read_conditioning
 from stages.lib.grids import Row, draw_grid
-from stages.lib.latents import Latents, read_latents
+from stages.lib.latents import Latents, check_vae, read_latents
 from stages.lib.pairs import SampleCaptions, read_captions, read_images
 from stages.lib.params import Evaluate, Params
 from stages.lib.rendering import load_pipeline, render, settings
@@ -37,8 +37,10 @@ def main(params: Params, stage: str) -> None:
     is_tuned = stage == "evaluate"
     unet, output = (UNET, EVALUATION) if is_tuned else (BASE / "unet", BASELINE)
     options = params.evaluate
-    samples = read_captions(PAIRS / "captions.parquet")
     latents, conditioning = read_latents(), read_conditioning()
+    check_vae(latents, BASE / "vae")
+    check_text_encoder(conditioning, BASE / "text_encoder")
+    samples = latents.encoded(read_captions(PAIRS / "captions.parquet"))
     pipeline = load_pipeline(BASE, unet)
     fresh_directory(output)
     loss = validation_loss(
@@ -51,10 +53,11 @@ def main(params: Params, stage: str) -> None:
         pipeline.device,
     ).get("validation_loss")
 
-    height = latents.mean.shape[-1] * pipeline.vae_scale_factor
     for setting in settings(options):
         folder = fresh_directory(output / "samples" / setting.name)
-        for index, seed, picture in render(pipeline, options, setting, conditioning.clip_skip, height):
+        for index, seed, picture in render(
+            pipeline, options, setting, conditioning.clip_skip, latents.resolution, conditioning.num_chunks
+        ):
             picture.save(folder / sample_name(index, seed))
     if is_tuned:
         fresh_directory(output / "grids")
@@ -122,8 +125,8 @@ def contact_sheet(
     images = read_images(PAIRS / "images", [sample.sample_id for sample in chosen])
     rows = []
     for sample in chosen:
-        mean = latents.mean[latents.rows([sample.sample_id]), 0].float()  # (1, 4, h, w)
-        decoded = pipeline.vae.decode(mean.to(pipeline.device)).sample.cpu()
+        mean, _ = latents.moments(latents.rows([sample.sample_id]), 0, pipeline.device)  # (1, 4, h, w)
+        decoded = pipeline.vae.decode(mean.float()).sample.cpu()
         reconstruction = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         rows.append(Row(sample.captions[0], [open_image(images[sample.sample_id]), reconstruction]))
     half = (len(rows) + 1) // 2

@@ -1,9 +1,9 @@
 """Tokenize every distinct caption once.
 
 Reads  data/pairs/captions.parquet, data/base/tokenizer
-Writes data/tokens.zarr (input_ids (U, 77) int32, caption (U,)), data/truncated_captions.jsonl,
+Writes data/tokens.zarr (input_ids (U, C * 77) int32, caption (U,)), data/truncated_captions.jsonl,
        data/tokenize_metrics.json
-Params none
+Params tokenize
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.lib.base_model import load_tokenizer
+from stages.lib.captions import token_windows
 from stages.lib.pairs import read_captions
 from stages.lib.params import Params
 from stages.lib.stage_run import run_stage, write_json
@@ -25,38 +26,39 @@ logger = logging.getLogger(__name__)
 
 
 def main(params: Params) -> None:
+    num_chunks = params.tokenize.num_chunks
     tokenizer = load_tokenizer(Path("data/base"))
     samples = read_captions(Path("data/pairs/captions.parquet"))
     # "" is row 0: what caption dropout and classifier-free guidance use.
     captions = ["", *sorted({caption for sample in samples for caption in sample.captions} - {""})]
-    max_length = tokenizer.model_max_length
-    token_counts = [len(ids) for ids in tokenizer(captions, truncation=False, verbose=False).input_ids]
-    input_ids = tokenizer(captions, padding="max_length", max_length=max_length, truncation=True).input_ids
+    kept_tokens = num_chunks * (tokenizer.model_max_length - 2) + 2  # with one start and one end
+    windows, token_counts = token_windows(tokenizer, captions, num_chunks)
+    input_ids = windows.reshape(len(captions), -1)  # (U, C * 77)
 
     schema = {
-        "input_ids": ArraySpec((len(captions), max_length), np.int32, ("caption", "token")),
+        "input_ids": ArraySpec(input_ids.shape, np.int32, ("caption", "token")),
         "caption": ArraySpec((len(captions),), str, ("caption",)),
     }
-    store = create_store(TOKENS, schema, {"empty_row": 0})
+    store = create_store(TOKENS, schema, {"empty_row": 0, "num_chunks": num_chunks})
     write_rows(
         store,
         (
-            {"input_ids": np.asarray(ids, np.int32), "caption": np.asarray(caption, np.dtypes.StringDType())}
+            {"input_ids": ids, "caption": np.asarray(caption, np.dtypes.StringDType())}
             for caption, ids in zip(captions, input_ids, strict=True)
         ),
     )
     finish_store(TOKENS, store)
 
     truncated = [
-        {"caption": caption, "num_tokens": count, "kept_tokens": max_length}
+        {"caption": caption, "num_tokens": count, "kept_tokens": kept_tokens}
         for caption, count in zip(captions, token_counts, strict=True)
-        if count > max_length
+        if count > kept_tokens
     ]
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in truncated)
     Path("data/truncated_captions.jsonl").write_text("".join(lines), encoding="utf-8")
     if truncated:
         logger.warning(
-            "%d captions are cut at %d tokens, see data/truncated_captions.jsonl", len(truncated), max_length
+            "%d captions are cut at %d tokens, see data/truncated_captions.jsonl", len(truncated), kept_tokens
         )
     write_json(
         Path("data/tokenize_metrics.json"),
@@ -69,4 +71,4 @@ def main(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("tokenize", (), main)
+    run_stage("tokenize", ("tokenize",), main)

@@ -88,8 +88,8 @@ def main(params: Params) -> None:
     accelerator = start_accelerator(options)
     is_main = accelerator.is_main_process
     num_parts = check_batch_size(options, accelerator.num_processes)
-    samples = read_captions(CAPTIONS)
     latents, conditioning = read_latents(), read_conditioning()
+    samples = latents.encoded(read_captions(CAPTIONS))
     data = training_set(samples, latents, conditioning)
     scheduler, unet = load_scheduler(BASE), load_unet(BASE)
     check_shapes(unet, latents, conditioning)
@@ -180,13 +180,17 @@ def mean_loss(accelerator: Accelerator, steps: list[Losses]) -> float:
 def training_set(samples: list[SampleCaptions], latents: Latents, conditioning: Conditioning) -> TrainingSet:
     """The samples of the training split, joined to their latents and captions by name."""
     chosen = [sample for sample in samples if sample.split == "train"]
+    if not chosen:
+        raise StageError(f"{CAPTIONS}: expected samples to train on, got none; run `dvc repro prepare`")
+    rows = latents.rows([sample.sample_id for sample in chosen])
     return TrainingSet(
         sample_ids=[sample.sample_id for sample in chosen],
-        latent_rows=latents.rows([sample.sample_id for sample in chosen]),
+        latent_rows=rows,
         caption_rows=[conditioning.rows(list(sample.captions)).tolist() for sample in chosen],
         empty_row=conditioning.empty_row,
-        num_views=latents.mean.shape[1],
-        latent_shape=latents.mean.shape[2:],
+        num_views=latents.num_views,
+        buckets=latents.bucket_of(rows),
+        latent_shapes=[bucket.mean.shape[2:] for bucket in latents.buckets],
     )
 
 
@@ -204,7 +208,7 @@ def check_batch_size(options: Train, num_processes: int) -> int:
 
 def check_shapes(unet: UNet2DConditionModel, latents: Latents, conditioning: Conditioning) -> None:
     """Raise StageError if the stores were not made for this UNet."""
-    channels, width = latents.mean.shape[2], conditioning.encoder_hidden_states.shape[2]
+    channels, width = latents.num_channels, conditioning.encoder_hidden_states.shape[2]
     for store, got, expected in (
         ("data/latents.zarr: channels", channels, unet.config.in_channels),
         ("data/captions.zarr: width", width, unet.config.cross_attention_dim),

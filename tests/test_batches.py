@@ -1,12 +1,13 @@
 """Draws are functions of (seed, step): nothing else moves them."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
-from stages.lib.batches import TrainingSet, draw_batch
+from stages.lib.batches import TrainingSet, bucket_turn, draw_batch
 from stages.lib.draws import generator, unit_interval
 from stages.lib.params import read_params
 
@@ -22,7 +23,8 @@ def training_set(num_samples: int = 20, captions: int = 1) -> TrainingSet:
         caption_rows=[[1 + index * captions + k for k in range(captions)] for index in range(num_samples)],
         empty_row=0,
         num_views=2,
-        latent_shape=(4, 2, 2),
+        buckets=torch.zeros(num_samples, dtype=torch.int64),
+        latent_shapes=[(4, 2, 2)],
     )
 
 
@@ -96,3 +98,53 @@ def test_streams_differ_by_purpose_and_key():
     assert min(values) >= 0
     assert max(values) < 1
     assert sum(values) / 2000 == pytest.approx(0.5, abs=0.03)
+
+
+SIZES = (13, 29, 3)  # samples of three buckets; less than a batch, more than one, several
+
+
+def bucketed() -> TrainingSet:
+    buckets = torch.tensor([number for number, size in enumerate(SIZES) for _ in range(size)])
+    shuffled = torch.randperm(len(buckets), generator=generator(0, "test"))
+    return dataclasses.replace(
+        training_set(sum(SIZES)),
+        buckets=buckets[shuffled],
+        latent_shapes=[(4, 2, 2), (4, 2, 3), (4, 3, 2)],
+    )
+
+
+def test_a_batch_is_drawn_within_one_bucket():
+    data = bucketed()
+    for step in range(40):
+        batch = draw_batch(data, OPTIONS, step, 1000)
+        (bucket,) = set(data.buckets[batch.samples].tolist())
+        assert batch.noise.shape == batch.posterior_noise.shape == (8, *data.latent_shapes[bucket])
+
+
+def test_each_bucket_gets_its_share_and_each_sample_its_turn():
+    data = bucketed()
+    num_steps = 8 * sum(SIZES) // 8  # eight epochs are whole batches in every bucket
+    seen = torch.cat([draw_batch(data, OPTIONS, step, 1000).samples for step in range(num_steps)])
+    assert torch.bincount(seen).tolist() == [8] * sum(SIZES)
+    partly = torch.cat([draw_batch(data, OPTIONS, step, 1000).samples for step in range(17)])
+    for number, size in enumerate(SIZES):
+        share = (data.buckets[partly] == number).sum().item() / len(partly)
+        assert share == pytest.approx(size / sum(SIZES), abs=0.1)
+
+
+def test_buckets_come_in_a_mixed_order_that_the_seed_decides():
+    def order(seed: int) -> list[int]:
+        return [bucket_turn((40, 40), 4, seed, step)[0] for step in range(40)]
+
+    assert order(0) == order(0) != order(1)
+    changes = sum(first != second for first, second in itertools.pairwise(order(0)))
+    assert 10 < changes < 30
+
+
+def test_turns_of_a_bucket_count_up_by_one():
+    for sizes in [(5,), (13, 29, 3), (1, 1, 1), (100, 1)]:
+        next_turn = [0] * len(sizes)
+        for step in range(200):
+            bucket, turn = bucket_turn(sizes, 8, 0, step)
+            assert turn == next_turn[bucket]
+            next_turn[bucket] += 1

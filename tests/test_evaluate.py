@@ -71,8 +71,8 @@ def test_validation_loss_equals_a_hand_computation(evaluated):
     for sample in read_captions(Path("data/pairs/captions.parquet")):
         if sample.split != "validation":
             continue
-        row = latents.sample_ids.index(sample.sample_id)
-        scaled = latents.mean[row, 0].float()[None] * 0.5
+        row = latents.buckets[0].sample_ids.index(sample.sample_id)
+        scaled = latents.buckets[0].mean[row, 0].float()[None] * 0.5
         hidden = conditioning.encoder_hidden_states[conditioning.row_of[sample.captions[0]]].float()[None]
         for timestep in (250, 750):
             noise = torch.randn(
@@ -183,7 +183,7 @@ def test_stable_diffusion_checkpoints_run_through(project, build, prediction_typ
     run_train()
     evaluate.main(params, "baseline")
     evaluate.main(params, "evaluate")
-    assert read_latents().mean.shape == (12, 1, 4, 8, 8)
+    assert read_latents().buckets[0].mean.shape == (12, 1, 4, 8, 8)
     assert read_latents().scaling_factor == pytest.approx(0.18215)
     assert read_lineage(Path("data/unet"))["prediction_type"] == prediction_type
 

@@ -55,9 +55,24 @@ def test_images_come_back_in_the_order_of_their_ids(tmp_path: Path, monkeypatch:
     assert all(pq.ParquetFile(path).num_row_groups > 1 for path in directory.iterdir())
     rows = list(iter_images(directory))
     assert [row[0] for row in rows] == IDS
-    assert all(image == image_of(sample_id) for sample_id, image, _ in rows)
-    assert all(digest == hashlib.sha256(image).hexdigest() for _, image, digest in rows)
-    assert image_index(directory) == (IDS, [row[2] for row in rows])
+    assert all(image == image_of(sample_id) for sample_id, image in rows)
+    index = image_index(directory)
+    assert [entry.sample_id for entry in index] == IDS
+    assert [entry.image_sha256 for entry in index] == [hashlib.sha256(image).hexdigest() for _, image in rows]
+
+
+def test_only_row_groups_with_wanted_images_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "ROW_GROUP_BYTES", 10_000)
+    directory = written(tmp_path / "images", IDS)
+    reads = []
+    read_group = pairs._read_group
+    monkeypatch.setattr(
+        pairs, "_read_group", lambda *arguments: (reads.append(arguments[3]), read_group(*arguments))[1]
+    )
+    chosen = {IDS[3], IDS[200]}
+    assert list(iter_images(directory, chosen)) == [(name, image_of(name)) for name in sorted(chosen)]
+    assert reads.count(["image"]) <= 2
+    assert list(iter_images(directory, set())) == []
 
 
 def test_a_few_images_by_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +137,7 @@ def test_left_out_images_leave_no_row(tmp_path: Path) -> None:
         IDS,
         lambda members: (None if name == IDS[0] else StoredImage(b"", 1, 1) for name in members),
     )
-    assert kept == IDS[1:] == image_index(directory)[0]
+    assert kept == IDS[1:] == [entry.sample_id for entry in image_index(directory)]
 
 
 def test_captions_come_back_sorted(tmp_path: Path) -> None:

@@ -78,9 +78,10 @@ def test_a_folder_becomes_pairs() -> None:
     prepare.main(params_for(source))
     samples = read_captions(prepare.CAPTIONS)
     names = [f"{number:03d}.png" for number in range(100)]
-    assert [sample.sample_id for sample in samples] == names == image_index(prepare.IMAGES)[0]
+    assert [sample.sample_id for sample in samples] == names
+    assert [entry.sample_id for entry in image_index(prepare.IMAGES)] == names
     assert samples[7].captions == ("number 7",)
-    assert all(image == (Path(source) / name).read_bytes() for name, image, _ in iter_images(prepare.IMAGES))
+    assert all(image == (Path(source) / name).read_bytes() for name, image in iter_images(prepare.IMAGES))
     held_out = sum(sample.split == "validation" for sample in samples)
     assert 0 < held_out < 30
     assert metrics() == {
@@ -227,7 +228,7 @@ def test_failure_removes_what_was_extracted(workplace: Path) -> None:
 def test_openmoji_is_rendered_and_captioned() -> None:
     source = str(REPOSITORY / "data" / "openmoji")
     prepare.main(params_for(source, render_resolution=24, max_samples=40))
-    _, image, _ = next(iter_images(prepare.IMAGES))
+    _, image = next(iter_images(prepare.IMAGES))
     with Image.open(io.BytesIO(image)) as opened:
         assert (opened.format, opened.mode, opened.size) == ("PNG", "RGB", (24, 24))
         assert opened.getpixel((0, 0)) == (255, 255, 255)

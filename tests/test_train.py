@@ -61,7 +61,8 @@ def test_one_step_equals_the_step_of_diffusers_script(encoded, prediction_type, 
 
     reference = UNet2DConditionModel.from_pretrained("data/base/unet")
     scheduler = DDPMScheduler.from_pretrained("data/base/scheduler")
-    moments = latents.mean[batch.latent_rows, 0].float(), latents.logvar[batch.latent_rows, 0].float()
+    (bucket,) = latents.buckets
+    moments = bucket.mean[batch.latent_rows, 0].float(), bucket.logvar[batch.latent_rows, 0].float()
     scaled = (moments[0] + torch.exp(0.5 * moments[1]) * batch.posterior_noise) * 0.5
     noisy = scheduler.add_noise(scaled, batch.noise, batch.timesteps)
     hidden = conditioning.encoder_hidden_states[batch.caption_rows].float()

@@ -1,7 +1,8 @@
 """Which samples a training step sees, and every random number it uses.
 
 Everything is a function of (seed, global_step): the batch of step 700 is the same after a resume,
-and on four processes, each of which takes its slice of it.
+and on four processes, each of which takes its slice of it. A batch is made of one bucket: of
+latents of one shape.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class TrainingSet:
         caption_rows: for each sample the rows of its captions in the captions store.
         empty_row: row of "" in the captions store.
         num_views: views stored of each image.
-        latent_shape: (4, h, w).
+        buckets: (S,) int64 number of each sample's bucket.
+        latent_shapes: (4, h, w) of each bucket.
     """
 
     sample_ids: list[str]
@@ -34,7 +36,15 @@ class TrainingSet:
     caption_rows: list[list[int]]
     empty_row: int
     num_views: int
-    latent_shape: Sequence[int]
+    buckets: torch.Tensor
+    latent_shapes: Sequence[Sequence[int]]
+
+    @functools.cached_property
+    def members(self) -> list[list[int]]:
+        """Positions of the samples of each bucket."""
+        return [
+            (self.buckets == number).nonzero().flatten().tolist() for number in range(len(self.latent_shapes))
+        ]
 
 
 @dataclass(frozen=True)
@@ -69,15 +79,20 @@ def draw_batch(
 ) -> Batch:
     """Draw the batch of one optimizer step.
 
-    Samples follow one permutation an epoch, so that each is seen once before any is seen twice;
+    Samples of a bucket follow one permutation an epoch, so that each is seen once before any is seen
+    twice; buckets come in a random order, each as often as its share of the samples asks;
     timesteps are uniform (Ho et al. 2020, algorithm 1); ``caption_dropout`` of the samples get the
     empty caption (Ho and Salimans 2022, algorithm 1).
     """
     seed, batch_size = options.seed, options.train_batch_size
-    num_samples = len(training_set.sample_ids)
-    positions = range(global_step * batch_size, (global_step + 1) * batch_size)
-    samples = [_permutation(num_samples, seed, p // num_samples)[p % num_samples] for p in positions]
-    shape = (batch_size, *training_set.latent_shape)
+    sizes = tuple(map(len, training_set.members))
+    bucket, turn = bucket_turn(sizes, batch_size, seed, global_step)
+    members, num_samples = training_set.members[bucket], sizes[bucket]
+    positions = range(turn * batch_size, (turn + 1) * batch_size)
+    samples = [
+        members[_permutation(num_samples, seed, bucket, p // num_samples)[p % num_samples]] for p in positions
+    ]
+    shape = (batch_size, *training_set.latent_shapes[bucket])
 
     def stream(purpose: str) -> torch.Generator:
         return generator(seed, purpose, global_step)
@@ -100,9 +115,38 @@ def draw_batch(
     )
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(num_samples: int, seed: int, epoch: int) -> Sequence[int]:
-    return torch.randperm(num_samples, generator=generator(seed, "order", epoch)).tolist()
+def bucket_turn(sizes: tuple[int, ...], batch_size: int, seed: int, global_step: int) -> tuple[int, int]:
+    """Which bucket a step draws from, and how many steps drew from it before.
+
+    After e epochs a bucket of n samples has had floor(e * n / batch_size) turns: what does not
+    fill a batch is carried into the next epoch.
+    """
+    epoch = global_step * batch_size // sum(sizes)
+    while _first_step(sizes, batch_size, epoch + 1) <= global_step:
+        epoch += 1
+    return _epoch_turns(sizes, batch_size, seed, epoch)[global_step - _first_step(sizes, batch_size, epoch)]
+
+
+def _first_step(sizes: tuple[int, ...], batch_size: int, epoch: int) -> int:
+    return sum(epoch * size // batch_size for size in sizes)
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_turns(sizes: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> Sequence[tuple[int, int]]:
+    next_turn = [epoch * size // batch_size for size in sizes]
+    turns = [(epoch + 1) * size // batch_size for size in sizes]
+    buckets = [number for number in range(len(sizes)) for _ in range(next_turn[number], turns[number])]
+    drawn = []
+    for index in torch.randperm(len(buckets), generator=generator(seed, "bucket order", epoch)).tolist():
+        bucket = buckets[index]
+        drawn.append((bucket, next_turn[bucket]))
+        next_turn[bucket] += 1
+    return drawn
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(num_samples: int, seed: int, bucket: int, epoch: int) -> Sequence[int]:
+    return torch.randperm(num_samples, generator=generator(seed, "order", bucket, epoch)).tolist()
 
 
 def _pick(rows: list[int], u: float) -> int:

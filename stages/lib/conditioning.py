@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from stages.lib.base_model import component_fingerprint
 from stages.lib.errors import StageError
-from stages.lib.stores import content_fingerprint, open_store, read_array
+from stages.lib.stores import open_store, read_array
 
 CAPTIONS = Path("data/captions.zarr")
 
@@ -19,17 +19,21 @@ class Conditioning:
     """All distinct captions of a data set.
 
     Attributes:
-        encoder_hidden_states: (U, 77, D) float16.
+        encoder_hidden_states: (U, num_chunks * 77, D) float16.
         row_of: caption text -> row.
         empty_row: row of "", the unconditional input.
+        num_chunks: windows a caption, each of 77 tokens.
         clip_skip: the text encoder's layers left out, None for none.
-        fingerprint: hash of the store's content.
+        model_fingerprint: of the text encoder.
+        fingerprint: of the store's content.
     """
 
     encoder_hidden_states: torch.Tensor
     row_of: dict[str, int]
     empty_row: int
+    num_chunks: int
     clip_skip: int | None
+    model_fingerprint: str
     fingerprint: str
 
     def rows(self, captions: list[str]) -> torch.Tensor:
@@ -46,7 +50,7 @@ class Conditioning:
             ) from error
 
     def states(self, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """encoder_hidden_states of (B,) rows on ``device``, (B, 77, D) float32."""
+        """encoder_hidden_states of (B,) rows on ``device``, (B, num_chunks * 77, D) float32."""
         return self.encoder_hidden_states[rows].to(device).float()
 
 
@@ -65,21 +69,18 @@ def read_conditioning(path: Path = CAPTIONS) -> Conditioning:
         ),
         row_of={caption: row for row, caption in enumerate(captions)},
         empty_row=int(store.attrs["empty_row"]),
+        num_chunks=int(store.attrs["num_chunks"]),
         clip_skip=None if clip_skip is None else int(clip_skip),
-        fingerprint=content_fingerprint(path),
+        model_fingerprint=str(store.attrs["model_fingerprint"]),
+        fingerprint=str(store.attrs["fingerprint"]),
     )
 
 
-def encode_text(
-    text_encoder: torch.nn.Module, input_ids: torch.Tensor, clip_skip: int | None
-) -> torch.Tensor:
-    """Token ids (B, 77) int64 -> encoder_hidden_states (B, 77, D), as diffusers' pipelines compute them.
-
-    With ``clip_skip`` n the last n layers are left out and the final LayerNorm is applied to what
-    the layer before them gives; None takes the encoder's output.
-    """
-    if clip_skip is None:
-        return text_encoder(input_ids).last_hidden_state
-    layers: Any = getattr(text_encoder, "text_model", text_encoder)  # transformers 5 dropped the wrapper
-    hidden_states = text_encoder(input_ids, output_hidden_states=True).hidden_states
-    return layers.final_layer_norm(hidden_states[-(clip_skip + 1)])
+def check_text_encoder(conditioning: Conditioning, text_encoder: Path) -> None:
+    """Raise StageError if the captions were encoded by another text encoder than this one."""
+    expected = component_fingerprint(text_encoder)
+    if conditioning.model_fingerprint != expected:
+        raise StageError(
+            f"{CAPTIONS}: expected captions encoded by {text_encoder} ({expected[:12]}), "
+            f"got those of another ({conditioning.model_fingerprint[:12]}); run `dvc repro encode_captions`"
+        )

@@ -3,24 +3,33 @@
 A row of a batch is bit-identical whatever its neighbours, but not across batch sizes or thread
 counts. So every batch has the same shape, and on a CPU every worker process has one thread: the
 bytes do not depend on the number of cores, and two such workers beat one process with two threads.
+
+On a CPU each worker loads and encodes whole batches. On a GPU the workers load, and this process
+encodes. Either way a thread of its own writes the blocks. Under `accelerate launch` each process
+encodes the rows whose keys fall to it, and the first one assembles.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import datetime
+import functools
+import hashlib
 import itertools
 import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from stages.lib.errors import StageError
 from stages.lib.progress import progress_bar
@@ -31,116 +40,233 @@ logger = logging.getLogger(__name__)
 
 Encode = Callable[[Sequence[Any]], list[Row]]
 BLOCK_ROWS = 64
+IN_PROCESS_BATCHES = 4  # so few are encoded sooner than worker processes start
 
-_encode: Encode
+
+class Item(NamedTuple):
+    """One row wanted.
+
+    Attributes:
+        key: of the row in the work store.
+        name: of the sample, for errors.
+        value: what `Encoder.load` takes; picklable.
+        group: batches are made of one group: of inputs of one shape.
+    """
+
+    key: str
+    name: str
+    value: Any
+    group: Hashable = None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How rows are made. Picklable, because every worker process builds its own.
+
+    Attributes:
+        load: from an item's value to the input of `encode`, e.g. decoding and resizing.
+        build: called with a torch device and a dtype, gives ``encode``, which takes exactly
+            ``batch_size`` loaded inputs and gives as many rows.
+        batch_size: inputs a batch; one that is not full is padded with its last input.
+        dtype: name of the arithmetic's torch dtype. Below float32, a row with a value that is not
+            finite is encoded again in float32; ``redone`` in the row says so.
+    """
+
+    load: Callable[[Any], Any]
+    build: Callable[[str, str], Encode]
+    batch_size: int
+    dtype: str
+
+
+def processes() -> PartialState:
+    """This process among those of `accelerate launch`; the only one without it."""
+    # On CPUs, accelerate takes each of several processes for the only one unless it is told; and a
+    # process that has done its share may wait long for another's.
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=datetime.timedelta(days=7))
 
 
 def encode_missing(
     store: WorkStore,
-    items: Iterable[tuple[str, str, Any]],
-    build_encoder: Callable[[str], Encode],
-    batch_size: int,
+    keys: Sequence[str],
+    items_of: Callable[[set[str]], Iterable[Item]],
+    encoder: Encoder,
     description: str,
-) -> int:
-    """Encode what ``store`` lacks.
+) -> None:
+    """Encode what ``store`` lacks of ``keys``; afterwards it holds them all.
 
     Args:
-        store: that gets the rows, in blocks of 64.
-        items: (key, name, input) of every row wanted; inputs of rows that the store has are not used.
-        build_encoder: picklable; called with the torch device, in each worker; what it returns
-            takes exactly ``batch_size`` inputs and gives as many rows.
-        batch_size: rows a batch; the last one is padded with its last input.
+        store: that gets the rows, in blocks of at most 64.
+        keys: of all rows wanted; a key may come twice, for two samples with the same image.
+        items_of: gives the items of the keys it is asked for, and may give others.
         description: shown at the progress bar.
 
-    Returns:
-        The number of rows encoded.
-
     Raises:
-        StageError: naming every sample of a block whose row holds a non-finite value.
+        StageError: naming every sample of a batch whose row holds a non-finite value.
     """
-    missing = _new_keys(items, store)
-    batches = iter(lambda: list(itertools.islice(missing, batch_size)), [])
-    encoded = 0
-    keys: list[str] = []
-    rows: list[Row] = []
-    with progress_bar(description, "rows") as progress:
-        for batch, result in _map_batches(build_encoder, batches, batch_size):
-            _check_finite(batch, result)
-            keys += [key for key, _, _ in batch]
-            rows += result
-            if len(keys) >= BLOCK_ROWS:
-                store.put(keys[:BLOCK_ROWS], rows[:BLOCK_ROWS])
-                keys, rows = keys[BLOCK_ROWS:], rows[BLOCK_ROWS:]
-            encoded += len(batch)
-            progress.update(len(batch))
-        if keys:
-            store.put(keys, rows)
-    logger.info("%s: %d rows encoded", description, encoded)
-    return encoded
+    state = processes()
+    if state.is_main_process:
+        store.damaged(keys)
+    state.wait_for_everyone()
+    store.refresh()
+    missing = {key for key in keys if key not in store}
+    mine = {key for key in missing if _falls_to(state, key)}
+    reused = len(set(keys)) - len(missing)
+    with progress_bar(
+        description, "rows", reused + len(mine), reused, state.is_local_main_process
+    ) as progress:
+        progress.set_postfix(reused=reused, encoded=0)
+
+        def done(count: int) -> None:
+            progress.update(count)
+            progress.set_postfix(reused=reused, encoded=progress.n - reused, refresh=False)
+
+        _encode(store, _distinct(items_of(mine), mine), encoder, state.device.type, done)
+    state.wait_for_everyone()
+    store.refresh()
+    logger.info("%s: %d rows encoded, %d reused", description, len(missing), reused)
 
 
-def _new_keys(items: Iterable[tuple[str, str, Any]], store: WorkStore) -> Iterator[tuple[str, str, Any]]:
-    """What the store lacks, each key once: two samples may hold the same image."""
-    seen: set[str] = set()
+def _falls_to(state: PartialState, key: str) -> bool:
+    """Whether a row is this process's. The key alone decides: the processes need not agree on more."""
+    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+    return number % state.num_processes == state.process_index
+
+
+def _distinct(items: Iterable[Item], wanted: set[str]) -> Iterator[Item]:
+    left = set(wanted)
     for item in items:
-        if item[0] not in store and item[0] not in seen:
-            seen.add(item[0])
+        if item.key in left:
+            left.remove(item.key)
             yield item
 
 
-def _check_finite(batch: list[tuple[str, str, Any]], rows: list[Row]) -> None:
-    names = [
-        name
-        for (_, name, _), row in zip(batch, rows, strict=True)
-        if not all(np.isfinite(value).all() for value in row.values())
-    ]
+def _encode(
+    store: WorkStore, items: Iterator[Item], encoder: Encoder, device: str, done: Callable[[int], object]
+) -> None:
+    """Encode and write; rows in work and rows not yet written, what a kill loses, make at most a block."""
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_workers = max(1, int(os.environ.get("SD_WORKERS", (os.cpu_count() or 1) // local_processes)))
+    ahead = 2 * num_workers
+    block_rows = max(encoder.batch_size, BLOCK_ROWS - ahead * encoder.batch_size)
+    pending: dict[Hashable, list[tuple[Item, Row]]] = collections.defaultdict(list)
+    with ThreadPoolExecutor(1) as writer:
+        writing: Future | None = None
+
+        def write(group: Hashable) -> Future:
+            if writing is not None:
+                writing.result()
+            block = pending.pop(group)
+            return writer.submit(store.put, [item.key for item, _ in block], [row for _, row in block])
+
+        for batch, rows in _encoded(_batches(items, encoder.batch_size), encoder, device, num_workers, ahead):
+            _check_finite(batch, rows, encoder.dtype)
+            group = batch[0].group
+            pending[group] += zip(batch, rows, strict=True)
+            done(len(batch))
+            if sum(map(len, pending.values())) >= block_rows:
+                writing = write(max(pending, key=lambda name: len(pending[name])))
+                if device == "cpu":
+                    writing.result()  # the workers go on meanwhile
+        for group in list(pending):
+            writing = write(group)
+        if writing is not None:
+            writing.result()
+
+
+def _batches(items: Iterator[Item], batch_size: int) -> Iterator[list[Item]]:
+    """Batches of one group each, in the order in which they fill."""
+    waiting: dict[Hashable, list[Item]] = collections.defaultdict(list)
+    for item in items:
+        waiting[item.group].append(item)
+        if len(waiting[item.group]) == batch_size:
+            yield waiting.pop(item.group)
+    yield from waiting.values()
+
+
+def _check_finite(batch: list[Item], rows: list[Row], dtype: str) -> None:
+    names = [item.name for item, row in zip(batch, rows, strict=True) if not _is_finite(row)]
     if names:
+        tried = "" if dtype == "float32" else f" in {dtype} and again in float32"
         raise StageError(
-            f"non-finite values in the encoding of {', '.join(names)}; look at these inputs, "
-            "and use dtype: float32"
+            f"non-finite values in the encoding of {', '.join(names)}{tried}; look at these inputs"
+            " and at the encoder's weights"
         )
 
 
-def _map_batches(
-    build_encoder: Callable[[str], Encode], batches: Iterator[list[tuple[str, str, Any]]], batch_size: int
-) -> Iterator[tuple[list[tuple[str, str, Any]], list[Row]]]:
-    """Encode batches in order: on the GPU, in this process if there are few, else in worker processes."""
-    max_workers = max(1, int(os.environ.get("SD_WORKERS", os.cpu_count() or 1)))
-    first = list(itertools.islice(batches, max_workers))
-    if not first:
-        return
+def _is_finite(row: Row) -> bool:
+    return all(np.isfinite(value).all() for value in row.values())
+
+
+def _encoded(
+    batches: Iterator[list[Item]], encoder: Encoder, device: str, num_workers: int, ahead: int
+) -> Iterator[tuple[list[Item], list[Row]]]:
+    """Batches with their rows: on the GPU, in this process if there are few, else in worker processes."""
+    first = list(itertools.islice(batches, IN_PROCESS_BATCHES + 1))
     batches = itertools.chain(first, batches)
-    if torch.cuda.is_available():
-        torch.backends.cudnn.allow_tf32 = False  # float32 is what the params say
-        encode = build_encoder("cuda")
-        for batch in batches:
-            yield batch, _run_padded(encode, batch, batch_size)
-    elif len(first) < 2:
+    if device != "cpu":
+        in_process = InProcess(encoder, device)
+        for batch, inputs in _map_in_workers(_load_in_worker, batches, encoder, num_workers, ahead):
+            yield batch, in_process.rows(inputs)
+    elif len(first) <= IN_PROCESS_BATCHES:
         with _one_thread():
-            encode = build_encoder("cpu")
+            in_process = InProcess(encoder, device)
             for batch in batches:
-                yield batch, _run_padded(encode, batch, batch_size)
+                yield batch, in_process.rows([encoder.load(item.value) for item in batch])
     else:
-        yield from _map_in_workers(build_encoder, batches, batch_size, max_workers)
+        yield from _map_in_workers(_encode_in_worker, batches, encoder, num_workers, ahead)
+
+
+class InProcess:
+    """An encoder built in this process, and the one in float32 that takes over what overflows."""
+
+    def __init__(self, encoder: Encoder, device: str) -> None:
+        self.encoder, self.device = encoder, device
+        self.encode = encoder.build(device, encoder.dtype)
+
+    def rows(self, inputs: list[Any]) -> list[Row]:
+        """The rows of at most a batch of loaded inputs."""
+        rows = self._padded(self.encode, inputs)
+        if self.encoder.dtype == "float32":
+            return rows
+        overflowed = [index for index, row in enumerate(rows) if not _is_finite(row)]
+        if overflowed:
+            again = self._padded(self._in_float32, [inputs[index] for index in overflowed])
+            for index, row in zip(overflowed, again, strict=True):
+                rows[index] = row
+        return [{**row, "redone": np.array(index in overflowed)} for index, row in enumerate(rows)]
+
+    @functools.cached_property
+    def _in_float32(self) -> Encode:
+        return self.encoder.build(self.device, "float32")
+
+    def _padded(self, encode: Encode, inputs: list[Any]) -> list[Row]:
+        padding = [inputs[-1]] * (self.encoder.batch_size - len(inputs))
+        return encode(inputs + padding)[: len(inputs)]
+
+
+_worker: Encoder
+_worker_encoder: InProcess
 
 
 def _map_in_workers(
-    build_encoder: Callable[[str], Encode],
-    batches: Iterator[list[tuple[str, str, Any]]],
-    batch_size: int,
+    function: Callable[[list[Any]], Any],
+    batches: Iterator[list[Item]],
+    encoder: Encoder,
     num_workers: int,
-) -> Iterator[tuple[list[tuple[str, str, Any]], list[Row]]]:
+    ahead: int,
+) -> Iterator[tuple[list[Item], Any]]:
     context = multiprocessing.get_context("spawn")
-    ahead: collections.deque[tuple[list[tuple[str, str, Any]], Future]] = collections.deque()
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (build_encoder,)) as pool:
+    encodes = function is _encode_in_worker
+    running: collections.deque[tuple[list[Item], Future]] = collections.deque()
+    with ProcessPoolExecutor(num_workers, context, _start_worker, (encoder, encodes)) as pool:
         try:
             for batch in batches:
-                ahead.append((batch, pool.submit(_run_in_worker, batch, batch_size)))
-                if len(ahead) > 2 * num_workers:
-                    done, future = ahead.popleft()
+                running.append((batch, pool.submit(function, [item.value for item in batch])))
+                if len(running) >= ahead:
+                    done, future = running.popleft()
                     yield done, future.result()
-            while ahead:
-                done, future = ahead.popleft()
+            while running:
+                done, future = running.popleft()
                 yield done, future.result()
         except BrokenProcessPool as error:
             raise StageError(
@@ -161,12 +287,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _start_worker(build_encoder: Callable[[str], Encode]) -> None:
-    global _encode
+def _start_worker(encoder: Encoder, encodes: bool) -> None:
+    global _worker, _worker_encoder
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     keep_freed_memory()
     torch.set_num_threads(1)
-    _encode = build_encoder("cpu")
+    _worker = encoder
+    if encodes:
+        _worker_encoder = InProcess(encoder, "cpu")
 
 
 def _exit_with_parent() -> None:
@@ -176,11 +304,9 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
 
-def _run_in_worker(batch: list[tuple[str, str, Any]], batch_size: int) -> list[Row]:
-    return _run_padded(_encode, batch, batch_size)
+def _encode_in_worker(values: list[Any]) -> list[Row]:
+    return _worker_encoder.rows([_worker.load(value) for value in values])
 
 
-def _run_padded(encode: Encode, batch: list[tuple[str, str, Any]], batch_size: int) -> list[Row]:
-    inputs = [value for _, _, value in batch]
-    inputs += [inputs[-1]] * (batch_size - len(inputs))
-    return encode(inputs)[: len(batch)]
+def _load_in_worker(values: list[Any]) -> list[Any]:
+    return [_worker.load(value) for value in values]

@@ -7,39 +7,73 @@ sees. The step from one to the other is taken here and nowhere else.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from stages.lib.base_model import component_fingerprint
 from stages.lib.errors import StageError
-from stages.lib.stores import content_fingerprint, open_store, read_array
+from stages.lib.pairs import SampleCaptions
+from stages.lib.stores import open_store, read_array
 
 LATENTS = Path("data/latents.zarr")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The moments of all images of one shape.
+
+    Attributes:
+        sample_ids: N names, sorted.
+        mean, logvar: (N, V, 4, h, w) float16, unscaled.
+    """
+
+    sample_ids: list[str]
+    mean: torch.Tensor
+    logvar: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Latents:
     """All moments of a data set, resident in memory.
 
+    Rows are numbered through the buckets, in their order; a batch is made of one bucket.
+
     Attributes:
-        sample_ids: N names, sorted.
-        mean: (N, V, 4, h, w) float16, unscaled.
-        logvar: (N, V, 4, h, w) float16, unscaled.
+        buckets: one for each shape; only one where all images are cropped to a square.
+        left_out: names of the images that are in no bucket, because none fits.
+        resolution: pixels; with buckets the side of a square of as many pixels.
         scaling_factor: of the VAE's config, 0.18215 for SD 1 and 2.
         shift_factor: of the VAE's config, 0 where it has none.
+        model_fingerprint: of the VAE.
         fingerprint: hash of the store's content.
     """
 
-    sample_ids: list[str]
-    mean: torch.Tensor
-    logvar: torch.Tensor
+    buckets: list[Bucket]
+    left_out: frozenset[str]
+    resolution: int
     scaling_factor: float
     shift_factor: float
+    model_fingerprint: str
     fingerprint: str
 
-    def rows(self, sample_ids: list[str]) -> torch.Tensor:
+    @property
+    def num_views(self) -> int:
+        return self.buckets[0].mean.shape[1]
+
+    @property
+    def num_channels(self) -> int:
+        return self.buckets[0].mean.shape[2]
+
+    def encoded(self, samples: Iterable[SampleCaptions]) -> list[SampleCaptions]:
+        """``samples`` without those whose images were left out."""
+        return [sample for sample in samples if sample.sample_id not in self.left_out]
+
+    def rows(self, sample_ids: Sequence[str]) -> torch.Tensor:
         """Row numbers of ``sample_ids``, int64.
 
         Raises:
@@ -52,15 +86,27 @@ class Latents:
                 f"{LATENTS}: sample {error} is not encoded; run `dvc repro encode_images`"
             ) from error
 
+    def bucket_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Number of the bucket of each row, int64."""
+        return torch.bucketize(rows, self._first_rows, right=True) - 1
+
     def moments(
         self, rows: torch.Tensor, views: torch.Tensor | int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """mean and logvar of (B,) rows on ``device``, each (B, 4, h, w)."""
-        return self.mean[rows, views].to(device), self.logvar[rows, views].to(device)
+        """mean and logvar of (B,) rows of one bucket on ``device``, each (B, 4, h, w)."""
+        number = int(self.bucket_of(rows[0]))
+        bucket, rows = self.buckets[number], rows - self._first_rows[number]
+        return bucket.mean[rows, views].to(device), bucket.logvar[rows, views].to(device)
+
+    @functools.cached_property
+    def _first_rows(self) -> torch.Tensor:
+        counts = [0, *(len(bucket.sample_ids) for bucket in self.buckets[:-1])]
+        return torch.tensor(counts).cumsum(0)
 
     @functools.cached_property
     def _row_of(self) -> dict[str, int]:
-        return {sample_id: row for row, sample_id in enumerate(self.sample_ids)}
+        names = (sample_id for bucket in self.buckets for sample_id in bucket.sample_ids)
+        return {sample_id: row for row, sample_id in enumerate(names)}
 
 
 def read_latents(path: Path = LATENTS) -> Latents:
@@ -70,14 +116,34 @@ def read_latents(path: Path = LATENTS) -> Latents:
         StageError: if it is absent, incomplete or damaged.
     """
     store = open_store(path, "encode_images")
+    attributes: dict[str, Any] = dict(store.attrs)
+
+    def bucket(prefix: str) -> Bucket:
+        sample_id, mean, logvar = (
+            read_array(path, store, f"{prefix}{name}", "encode_images")
+            for name in ("sample_id", "mean", "logvar")
+        )
+        return Bucket(sample_id.tolist(), torch.from_numpy(mean), torch.from_numpy(logvar))
+
     return Latents(
-        sample_ids=read_array(path, store, "sample_id", "encode_images").tolist(),
-        mean=torch.from_numpy(read_array(path, store, "mean", "encode_images")),
-        logvar=torch.from_numpy(read_array(path, store, "logvar", "encode_images")),
-        scaling_factor=float(store.attrs["scaling_factor"]),
-        shift_factor=float(store.attrs["shift_factor"] or 0.0),
-        fingerprint=content_fingerprint(path),
+        buckets=[bucket(f"{name}/") for name in sorted(store.group_keys())] or [bucket("")],
+        left_out=frozenset(attributes["left_out"]),
+        resolution=int(attributes["resolution"]),
+        scaling_factor=float(attributes["scaling_factor"]),
+        shift_factor=float(attributes["shift_factor"] or 0.0),
+        model_fingerprint=str(attributes["model_fingerprint"]),
+        fingerprint=str(attributes["fingerprint"]),
     )
+
+
+def check_vae(latents: Latents, vae: Path) -> None:
+    """Raise StageError if the images were encoded by another VAE than this one."""
+    expected = component_fingerprint(vae)
+    if latents.model_fingerprint != expected:
+        raise StageError(
+            f"{LATENTS}: expected latents encoded by {vae} ({expected[:12]}), "
+            f"got those of another ({latents.model_fingerprint[:12]}); run `dvc repro encode_images`"
+        )
 
 
 def sample_latents(
@@ -100,11 +166,22 @@ def sample_latents(
     return (mean.float() + std * posterior_noise - shift_factor) * scaling_factor
 
 
-def channel_statistics(mean: np.ndarray) -> dict[str, float]:
-    """Mean and standard deviation of each latent channel over (N, V, C, h, w), unscaled, in float64."""
-    statistics = {}
-    for channel in range(mean.shape[2]):
-        values = mean[:, :, channel].astype(np.float64)
-        statistics[f"latent_mean_{channel}"] = float(values.mean())
-        statistics[f"latent_std_{channel}"] = float(values.std())
-    return statistics
+def channel_statistics(means: Iterable[np.ndarray]) -> dict[str, float]:
+    """Mean and standard deviation of each latent channel, unscaled, summed in float64.
+
+    Args:
+        means: blocks (N, V, C, h, w), one in memory at a time.
+    """
+    count, total, squares = 0, np.zeros(1), np.zeros(1)
+    for block in means:
+        values = block.astype(np.float64)
+        count += values.size // values.shape[2]
+        total = total + values.sum(axis=(0, 1, 3, 4))
+        squares = squares + np.square(values).sum(axis=(0, 1, 3, 4))
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    return {
+        f"latent_{name}_{channel}": float(values[channel])
+        for name, values in (("mean", mean), ("std", std))
+        for channel in range(len(values))
+    }

@@ -12,7 +12,7 @@ import heapq
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +55,15 @@ class StoredImage(NamedTuple):
     """An encoded RGB image and its size in pixels."""
 
     data: bytes
+    width: int
+    height: int
+
+
+class ImageEntry(NamedTuple):
+    """What is known of a stored image without reading it: name, hash of its bytes, size in pixels."""
+
+    sample_id: str
+    image_sha256: str
     width: int
     height: int
 
@@ -119,27 +128,31 @@ def read_captions(path: Path) -> list[SampleCaptions]:
     ]
 
 
-def image_index(directory: Path) -> tuple[list[str], list[str]]:
-    """The sample_ids, sorted, and the image_sha256 of each; no image is read.
+def image_index(directory: Path) -> list[ImageEntry]:
+    """What there is, sorted by sample_id; no image is read.
 
     Raises:
         StageError: if a shard is missing, damaged or of another schema.
     """
-    rows: list[tuple[str, str]] = []
+    columns = list(ImageEntry._fields)
+    entries: list[ImageEntry] = []
     for path in _found_shards(directory):
-        table = _read_group(_open(path, IMAGE_SCHEMA), path, None, ["sample_id", "image_sha256"])
-        rows += zip(table["sample_id"].to_pylist(), table["image_sha256"].to_pylist(), strict=True)
-    rows.sort()
-    return [sample_id for sample_id, _ in rows], [digest for _, digest in rows]
+        table = _read_group(_open(path, IMAGE_SCHEMA), path, None, columns)
+        entries += map(ImageEntry, *(table[column].to_pylist() for column in columns))
+    return sorted(entries)
 
 
-def iter_images(directory: Path) -> Iterator[tuple[str, bytes, str]]:
-    """Yield (sample_id, encoded image, image_sha256) sorted by sample_id, a row group a shard in memory.
+def iter_images(directory: Path, wanted: Container[str] | None = None) -> Iterator[tuple[str, bytes]]:
+    """Yield (sample_id, encoded image) sorted by sample_id, a row group a shard in memory.
+
+    Args:
+        directory: of the shards.
+        wanted: sample_ids; None for all. Row groups without any of them are not read.
 
     Raises:
         StageError: if a shard is missing, damaged or of another schema.
     """
-    shards = [_shard_rows(path) for path in _found_shards(directory)]
+    shards = [_shard_rows(path, wanted) for path in _found_shards(directory)]
     yield from heapq.merge(*shards, key=lambda row: row[0])
 
 
@@ -250,11 +263,15 @@ def _found_shards(directory: Path) -> list[Path]:
     return expected
 
 
-def _shard_rows(path: Path) -> Iterator[tuple[str, bytes, str]]:
+def _shard_rows(path: Path, wanted: Container[str] | None) -> Iterator[tuple[str, bytes]]:
     file = _open(path, IMAGE_SCHEMA)
     for group in range(file.num_row_groups):
-        for row in _read_group(file, path, group, ["sample_id", "image", "image_sha256"]).to_pylist():
-            yield row["sample_id"], row["image"]["bytes"], row["image_sha256"]
+        names = _read_group(file, path, group, ["sample_id"])["sample_id"].to_pylist()
+        chosen = [index for index, name in enumerate(names) if wanted is None or name in wanted]
+        if chosen:
+            images = _read_group(file, path, group, ["image"])["image"]
+            for index in chosen:
+                yield names[index], images[index]["bytes"].as_py()
 
 
 def _open(path: Path, schema: pa.Schema) -> pq.ParquetFile:

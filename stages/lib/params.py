@@ -82,6 +82,13 @@ class Prepare:
 
 
 @dataclass(frozen=True)
+class Tokenize:
+    """How captions become token ids."""
+
+    num_chunks: Annotated[int, Range(1)]
+
+
+@dataclass(frozen=True)
 class EncodeCaptions:
     """How captions become `encoder_hidden_states`."""
 
@@ -94,12 +101,29 @@ class EncodeCaptions:
 class EncodeImages:
     """How images become latent moments."""
 
-    resolution: Annotated[int, Range(8)]
+    resolution: Annotated[int, Range(16)]
+    buckets: Annotated[str, Choice("square", "auto", "sizes")]
+    bucket_sizes: Annotated[tuple[tuple[int, ...], ...], Range(16)]
+    bucket_step: Annotated[int, Range(1)]
+    max_aspect: Annotated[float, Range(1)]
+    max_upscale: Annotated[float | None, Range(0, without=(0,))]
     interpolation: Annotated[str, Choice("lanczos", "bicubic", "bilinear", "box")]
+    jpeg_draft: bool
+    random_crops: Annotated[int, Range(0)]
+    crop_seed: Annotated[int, Range(0)]
     horizontal_flip: bool
     batch_size: Annotated[int, Range(1)]
     dtype: Annotated[str, Choice("float32", "bfloat16")]
     num_reconstructions: Annotated[int, Range(1)]
+
+    def problems(self) -> list[tuple[str, str, Any]]:
+        found: list[tuple[str, str, Any]] = []
+        if self.buckets == "auto" and self.resolution % self.bucket_step:
+            expected = f"a multiple of bucket_step {self.bucket_step}, for buckets: auto"
+            found.append(("resolution", expected, self.resolution))
+        if any(len(pair) != 2 for pair in self.bucket_sizes):
+            found.append(("bucket_sizes", "pairs of [width, height]", self.bucket_sizes))
+        return found
 
 
 @dataclass(frozen=True)
@@ -168,6 +192,7 @@ class Params:
 
     fetch_base: FetchBase
     prepare: Prepare
+    tokenize: Tokenize
     encode_captions: EncodeCaptions
     encode_images: EncodeImages
     train: Train

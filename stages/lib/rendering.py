@@ -12,8 +12,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from PIL import Image
 
 from stages.lib.base_model import load_unet
-from stages.lib.conditioning import encode_text
+from stages.lib.captions import token_windows
 from stages.lib.params import Evaluate
+from stages.lib.text_encoder import encode_text
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def render(
     setting: Setting,
     clip_skip: int | None,
     height: int,
+    num_chunks: int,
 ) -> Iterator[tuple[int, int, Image.Image]]:
     """Every prompt with every seed, in batches of one fixed shape.
 
@@ -68,7 +70,7 @@ def render(
     Yields:
         Index of the prompt, seed, and the picture.
     """
-    prompt_embeds = _embed(pipeline, [*options.prompts, options.negative_prompt], clip_skip)
+    prompt_embeds = _embed(pipeline, [*options.prompts, options.negative_prompt], clip_skip, num_chunks)
     jobs = list(itertools.product(range(len(options.prompts)), options.seeds))
     for start in range(0, len(jobs), options.batch_size):
         batch = jobs[start : start + options.batch_size]
@@ -86,17 +88,15 @@ def render(
             yield index, seed, picture
 
 
-def _embed(pipeline: StableDiffusionPipeline, texts: list[str], clip_skip: int | None) -> torch.Tensor:
-    """Each text alone, so that an embedding does not depend on the other prompts: (P, 77, D)."""
-    tokenizer = pipeline.tokenizer
-    rows = []
-    for text in texts:
-        input_ids = tokenizer(
-            text,
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        rows.append(encode_text(pipeline.text_encoder, input_ids.to(pipeline.device), clip_skip))
-    return torch.cat(rows)
+def _embed(
+    pipeline: StableDiffusionPipeline, texts: list[str], clip_skip: int | None, num_chunks: int
+) -> torch.Tensor:
+    """Texts as training captions were embedded, each window alone: a row does not depend on the others.
+
+    Returns:
+        encoder_hidden_states (P, num_chunks * 77, D) float32.
+    """
+    windows, _ = token_windows(pipeline.tokenizer, texts, num_chunks)  # (P, C, 77)
+    input_ids = torch.from_numpy(windows).long().flatten(0, 1).to(pipeline.device)  # (P * C, 77)
+    states = [encode_text(pipeline.text_encoder, ids[None], clip_skip) for ids in input_ids]
+    return torch.cat(states).unflatten(0, (len(texts), num_chunks)).flatten(1, 2)

@@ -1,15 +1,23 @@
 """Zarr stores under data/: the schema is written first, the data is checked against it, then `complete`.
 
-Zarr reads a missing chunk as zeros, silently. A store is therefore usable only with
-``complete: true``, set after every chunk file was counted, and it is counted again on opening.
+Zarr reads a missing chunk as zeros, silently, and a chunk of another run without a word. A store is
+therefore usable only with ``complete: true``. In the same write the root's attributes get ``files``,
+the hash of every other file, and ``fingerprint``, the hash of those attributes themselves; both are
+verified on opening.
+
+`python -m stages.lib.stores data/latents.zarr` prints what a store holds and whether it is whole.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +34,12 @@ zarr.config.set({"array.write_empty_chunks": True})
 CHUNK_ROWS = 64
 UNSHARDED_ROWS = 10_000
 SHARD_ROWS, SHARD_CHUNK_ROWS = 512, 8
+NUM_SHOWN = 3
+MADE_BY = {
+    "tokens.zarr": "tokenize",
+    "captions.zarr": "encode_captions",
+    "latents.zarr": "encode_images",
+}
 
 
 @dataclass(frozen=True)
@@ -38,14 +52,25 @@ class ArraySpec:
 
 
 def create_store(path: Path, arrays: Mapping[str, ArraySpec], attributes: Mapping[str, Any]) -> zarr.Group:
-    """A new store with its whole schema and no data; what lay at ``path`` is removed."""
+    """A new store with its whole schema and no data; what lay at ``path`` is removed.
+
+    Args:
+        path: of the store.
+        arrays: by name; "512x768/mean" lies in a group of its own, "mean" at the root.
+        attributes: of the root, JSON values.
+
+    Raises:
+        StageError: for an array without rows.
+    """
     if path.exists():
         shutil.rmtree(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     group = zarr.create_group(path, zarr_format=3, attributes={**attributes, "complete": False})
     for name, spec in arrays.items():
         rows = spec.shape[0]
-        chunks, shards = (max(1, min(CHUNK_ROWS, rows)), *spec.shape[1:]), None
+        if not rows:
+            raise StageError(f"{path}/{name}: expected one row or more, got none")
+        chunks, shards = (min(CHUNK_ROWS, rows), *spec.shape[1:]), None
         if rows > UNSHARDED_ROWS:
             chunks, shards = (SHARD_CHUNK_ROWS, *spec.shape[1:]), (SHARD_ROWS, *spec.shape[1:])
         group.create_array(
@@ -61,7 +86,7 @@ def create_store(path: Path, arrays: Mapping[str, ArraySpec], attributes: Mappin
 
 
 def write_rows(group: zarr.Group, rows: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Fill arrays from an iterable of rows, a file at a time: memory stays bounded."""
+    """Fill the arrays of a group from an iterable of rows, a file at a time: memory stays bounded."""
     start, pending = 0, []
     size = None
     for row in rows:
@@ -75,31 +100,71 @@ def write_rows(group: zarr.Group, rows: Iterable[Mapping[str, np.ndarray]]) -> N
 
 
 def finish_store(path: Path, group: zarr.Group) -> None:
-    """Remove what a kill left, count the chunk files, and mark the store complete."""
+    """Remove what a kill left, count the chunk files, and mark the store complete.
+
+    Raises:
+        StageError: if rows were not written.
+    """
     for partial in path.rglob("*.partial"):
         partial.unlink()
-    _check_files(path, group, "write it")
-    group.attrs["complete"] = True
+    for name, array in _arrays(group):
+        expected, found = _num_files(array), len(_chunk_files(path, name))
+        if found != expected:
+            raise StageError(f"{path}/{name}: expected {expected} chunk files, found {found}; write all rows")
+    document = json.loads((path / "zarr.json").read_bytes())
+    document["attributes"] |= {"complete": True, "files": _file_hashes(path)}
+    attributes = {**document["attributes"], "fingerprint": _fingerprint(document)}
+    group.update_attributes(attributes)  # one rename: complete with its fingerprint, or not complete
 
 
 def open_store(path: Path, stage: str) -> zarr.Group:
-    """Open a complete store.
+    """Open a store after every file of it was verified; ``attrs["fingerprint"]`` is that of its content.
 
     Args:
         path: of the store.
         stage: that makes it, named in errors.
 
     Raises:
-        StageError: if it is absent, incomplete or lacks a file.
+        StageError: if it is absent, incomplete or damaged, naming the files.
     """
-    remedy = f"run `dvc repro {stage}`"
+    if not (path / "zarr.json").is_file():
+        raise StageError(f"{path}: expected a Zarr store, found none; run `dvc repro {stage}`")
     try:
-        group = zarr.open_group(path, mode="r")
-    except (FileNotFoundError, OSError, ValueError) as error:
-        raise StageError(f"{path}: expected a Zarr store, found none ({error}); {remedy}") from error
-    if group.attrs.get("complete") is not True:
-        raise StageError(f"{path}: not complete, its stage was stopped; {remedy}")
-    _check_files(path, group, remedy)
+        document = json.loads((path / "zarr.json").read_bytes())
+        attributes = document["attributes"]
+        recorded = attributes.get("fingerprint")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise StageError(f"{path}/zarr.json: damaged ({error!r}); {_remedy(stage)}") from error
+    if recorded is None:
+        raise StageError(f"{path}: not complete, its stage was stopped; {_remedy(stage)}")
+    if recorded != _fingerprint(document):
+        raise StageError(f"{path}/zarr.json: changed since it was written; {_remedy(stage)}")
+    if problems := _differences(attributes["files"], _file_hashes(path)):
+        raise StageError(f"{path}: damaged, {'; '.join(problems)}; {_remedy(stage)}")
+    return zarr.open_group(path, mode="r")
+
+
+def verify_store(path: Path, stage: str) -> zarr.Group:
+    """Open a store and read all of it, a file at a time: what a stage does with a store it has made.
+
+    Args:
+        path: of the store.
+        stage: that makes it, named in errors.
+
+    Raises:
+        StageError: as `open_store`, and if a checksum fails, if the arrays of a group have different
+            numbers of rows, or if a value is not finite, naming array and rows.
+    """
+    group = open_store(path, stage)
+    rows_of: dict[str, int] = {}
+    for name, array in _arrays(group):
+        rows = rows_of.setdefault(name.rpartition("/")[0], array.shape[0])
+        if array.shape[0] != rows:
+            raise StageError(f"{path}/{name}: {array.shape[0]} rows, other arrays beside it have {rows}")
+        for index, block in enumerate(iter_array(path, group, name, stage)):
+            if bad := _non_finite_rows(block):
+                rows_shown = _some([str(index * _file_rows(array) + row) for row in bad])
+                raise StageError(f"{path}/{name}: non-finite values in rows {rows_shown}; {_remedy(stage)}")
     return group
 
 
@@ -108,9 +173,67 @@ def read_array(path: Path, group: zarr.Group, name: str, stage: str) -> np.ndarr
     try:
         return np.asarray(_array(group, name)[:])
     except (ValueError, OSError, KeyError) as error:
-        raise StageError(
-            f"{path}/{name}: damaged or missing ({error}); run `dvc repro -f {stage}`"
-        ) from error
+        raise StageError(f"{path}/{name}: damaged or missing ({error}); {_remedy(stage)}") from error
+
+
+def iter_array(path: Path, group: zarr.Group, name: str, stage: str) -> Iterator[np.ndarray]:
+    """An array in blocks of the rows of one file each, in order: memory stays bounded.
+
+    Raises:
+        StageError: if a checksum fails, naming the file.
+    """
+    array = _array(group, name)
+    size = _file_rows(array)
+    for start in range(0, array.shape[0], size):
+        try:
+            yield np.asarray(array[start : start + size])
+        except (ValueError, OSError) as error:
+            file = Path(name, "c", str(start // size), *["0"] * (len(array.shape) - 1))
+            raise StageError(f"{path}/{file.as_posix()}: damaged ({error}); {_remedy(stage)}") from error
+
+
+def content_fingerprint(path: Path) -> str:
+    """Hash of a directory's files: equal for equal content, whenever and wherever it was made."""
+    root = path / "zarr.json"
+    hashes = _file_hashes(path) | ({"zarr.json": _hash(root)} if root.exists() else {})
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def describe(path: Path) -> str:
+    """What a store holds, as text: attributes, and a line for each array."""
+    group = zarr.open_group(path, mode="r")
+    lines = [
+        f"  {name}: {textwrap.shorten(json.dumps(value), 100)}"
+        for name, value in group.attrs.items()
+        if name != "files"
+    ]
+    for name, array in _arrays(group):
+        names = array.metadata.dimension_names or [""] * array.ndim
+        sizes = ", ".join(f"{dim} {size}" for dim, size in zip(names, array.shape, strict=True))
+        files = _chunk_files(path, name)
+        stored = f"chunks {array.chunks}" + (f" in shards {array.shards}" if array.shards else "")
+        num_bytes = sum(file.stat().st_size for file in files)
+        lines += [
+            f"  {name}: {'text' if array.dtype.kind == 'T' else array.dtype}, {sizes}",
+            f"    {stored}, {len(files)} of {_num_files(array)} files, {num_bytes:,} bytes",
+        ]
+    return "\n".join([f"{path}", *lines])
+
+
+def main(arguments: list[str]) -> None:
+    """Print what a store holds; exit with status 1 and what is wrong if it is not whole."""
+    if len(arguments) != 1:
+        sys.exit("usage: python -m stages.lib.stores data/latents.zarr")
+    path = Path(arguments[0])
+    try:
+        print(describe(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{path}: cannot be listed ({error})")
+    try:
+        open_store(path, MADE_BY.get(path.name, "<the stage that makes it>"))
+    except StageError as error:
+        sys.exit(f"\n{error}")
+    print("  complete, every file has the hash recorded when it was written")
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:
@@ -120,8 +243,29 @@ def _array(group: zarr.Group, name: str) -> zarr.Array:
     return array
 
 
+def _arrays(group: zarr.Group) -> list[tuple[str, zarr.Array]]:
+    """Every array below ``group``, by its name in it, "mean" or "512x768/mean"."""
+    members = sorted(group.members(max_depth=None), key=lambda member: member[0])
+    return [(name, node) for name, node in members if isinstance(node, zarr.Array)]
+
+
 def _file_rows(array: zarr.Array) -> int:
     return (array.shards or array.chunks)[0]
+
+
+def _num_files(array: zarr.Array) -> int:
+    return math.ceil(array.shape[0] / _file_rows(array))
+
+
+def _chunk_files(path: Path, name: str) -> list[Path]:
+    return [file for file in (path / name / "c").rglob("*") if file.is_file()]
+
+
+def _non_finite_rows(block: np.ndarray) -> list[int]:
+    if block.dtype.kind != "f":
+        return []
+    finite = np.isfinite(block).all(axis=tuple(range(1, block.ndim)))
+    return np.flatnonzero(~finite).tolist()
 
 
 def _flush(group: zarr.Group, start: int, pending: list[Mapping[str, np.ndarray]]) -> int:
@@ -136,19 +280,46 @@ def _flush(group: zarr.Group, start: int, pending: list[Mapping[str, np.ndarray]
     return stop
 
 
-def _check_files(path: Path, group: zarr.Group, remedy: str) -> None:
-    for name, array in sorted(group.arrays()):
-        files = sum(1 for file in (path / name / "c").rglob("*") if file.is_file())
-        expected = math.ceil(array.shape[0] / _file_rows(array))
-        if files != expected:
-            raise StageError(f"{path}/{name}: expected {expected} chunk files, found {files}; {remedy}")
+def _hash(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def content_fingerprint(path: Path) -> str:
-    """Hash of a store's files: equal for equal content, whenever and wherever it was made."""
-    digest = hashlib.sha256()
-    for file in sorted(entry for entry in path.rglob("*") if entry.is_file()):
-        digest.update(file.relative_to(path).as_posix().encode() + b"\0")
-        with open(file, "rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+def _file_hashes(path: Path) -> dict[str, str]:
+    """Path in the store -> SHA-256 of every file but the root's zarr.json, which records them."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / "zarr.json")
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+        hashes = list(pool.map(_hash, files))
+    names = (file.relative_to(path).as_posix() for file in files)
+    return dict(zip(names, hashes, strict=True))
+
+
+def _fingerprint(document: Mapping[str, Any]) -> str:
+    """Hash of the root's zarr.json without the fingerprint itself; through ``files`` of the whole store."""
+    attributes = {name: value for name, value in document["attributes"].items() if name != "fingerprint"}
+    content = json.dumps({**document, "attributes": attributes}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _differences(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    kinds = {
+        "missing": sorted(recorded.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - recorded.keys()),
+        "changed": sorted(name for name in recorded.keys() & found.keys() if recorded[name] != found[name]),
+    }
+    return [f"{kind} {_some(names)}" for kind, names in kinds.items() if names]
+
+
+def _some(names: list[str]) -> str:
+    """The first few of ``names``, and how many more there are."""
+    more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
+    return ", ".join(names[:NUM_SHOWN]) + more
+
+
+def _remedy(stage: str) -> str:
+    # DVC takes a file whose time and size are unchanged for unchanged; -s leaves earlier stages alone.
+    return f"run `dvc repro -f -s {stage}`"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

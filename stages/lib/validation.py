@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,8 +45,7 @@ def validation_loss(
     held_out = [sample for sample in samples if sample.split == "validation"][: options.max_samples]
     timesteps = evenly_spaced_timesteps(options.num_timesteps, scheduler.config.num_train_timesteps)
     losses: list[float] = []
-    for start in range(0, len(held_out), options.batch_size):
-        batch = held_out[start : start + options.batch_size]
+    for batch in _batches_of_one_shape(held_out, latents, options.batch_size):
         rows = latents.rows([sample.sample_id for sample in batch])
         mean, logvar = latents.moments(rows, 0, device)  # (B, 4, h, w)
         mode = sample_latents(
@@ -71,3 +70,13 @@ def validation_loss(
             model_pred = forward(noisy_latents, steps, encoder_hidden_states).sample
             losses += sample_losses(model_pred, target).tolist()
     return {"validation_loss": math.fsum(losses) / len(losses)} if losses else {}
+
+
+def _batches_of_one_shape(
+    samples: list[SampleCaptions], latents: Latents, batch_size: int
+) -> Iterator[list[SampleCaptions]]:
+    buckets = latents.bucket_of(latents.rows([sample.sample_id for sample in samples])).tolist()
+    for number in sorted(set(buckets)):
+        members = [sample for sample, bucket in zip(samples, buckets, strict=True) if bucket == number]
+        for start in range(0, len(members), batch_size):
+            yield members[start : start + batch_size]
