@@ -7,7 +7,7 @@
 
 Each writes benchmarks/results/encode_images_<name>.json. Images are OpenMoji artwork as JPEG files of
 320 x 288 pixels, the later ones tinted so that no two are the same. The VAE is Stable Diffusion's (f8)
-with a quarter of its widths and random weights. Run it on an idle machine.
+with a quarter of its widths (throughput) or an eighth, and random weights. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def write_params(directory: Path, **changes: dict) -> None:
 
 
 @contextlib.contextmanager
-def project(num_images: int, resolution: int, clone: bool = False) -> Iterator[Path]:
+def project(
+    num_images: int, resolution: int, width_divisor: int = 8, clone: bool = False
+) -> Iterator[Path]:
     """A directory with params.yaml, the base and the images; with ``clone`` a clone of the repository."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as scratch:
@@ -88,7 +90,7 @@ def project(num_images: int, resolution: int, clone: bool = False) -> Iterator[P
             subprocess.run(["git", "clone", "--quiet", ROOT, directory], check=True)
         else:
             directory.mkdir()
-        sd15_like(directory / "base", width_divisor=4)
+        sd15_like(directory / "base", width_divisor)
         write_images(directory / "images", range(num_images))
         write_params(directory, encode_images={"resolution": resolution, "batch_size": BATCH_SIZE})
         os.chdir(directory)
@@ -197,8 +199,8 @@ print(len(files) / (time.perf_counter() - started))
     return float(output.stdout)
 
 
-def throughput(num_images: int = 480, rounds: int = 3) -> dict:
-    with project(num_images, 256):
+def throughput(num_images: int = 192, rounds: int = 3) -> dict:
+    with project(num_images, 256, width_divisor=4):
         prepared()
         runs = []
         for _ in range(rounds):

@@ -11,12 +11,11 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from stages.lib.base_model import BASE, component_fingerprint, read_config
 from stages.lib.encoding import Encoder, Item, encode_missing, processes

@@ -91,12 +91,12 @@ def test_accelerate_runs_the_stage_as_two_processes_of_one_group(project, monkey
     accelerator = Accelerator()
     assert (accelerator.num_processes, accelerator.process_index) == (num_processes(), process_index())
     import torch
-    print("sum", accelerator.reduce(torch.ones(1), "sum").item(), flush=True)
+    print(f"sum={accelerator.reduce(torch.ones(1), 'sum').item()}", flush=True)
 """
     process = start(body, ACCELERATE)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert output.count("sum 2.0") == 2
+    assert output.count("sum=2.0") == 2
     for index in (0, 1):
         assert facts(index)["arguments"] == ["an argument", "--flag"]
         assert facts(index)["launch"] is None

@@ -76,8 +76,10 @@ def test_a_bound_that_holds_is_kept_without_a_word(root, monkeypatch, caplog):
 
 def test_a_bad_bound_stops_the_stage_before_it_starts(root, monkeypatch):
     monkeypatch.setenv("SD_WORK_MAX_BYTES", "plenty")
+    ran = []
     with pytest.raises(SystemExit, match=r"encode: SD_WORK_MAX_BYTES: expected .* found 'plenty'"):
-        run_stage("encode", (), lambda params: pytest.fail("it ran"))
+        run_stage("encode", (), ran.append)
+    assert ran == []
 
 
 def test_an_error_of_the_code_keeps_its_traceback(root):

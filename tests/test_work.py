@@ -152,6 +152,16 @@ def test_scalars_flags_and_pixels_keep_their_dtype(tmp_path):
             assert np.array_equal(found[name], value)
 
 
+def test_rows_in_another_memory_layout_keep_their_values(tmp_path):
+    channels_last = np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)
+    store = WorkStore(tmp_path, "encode", {})
+    store.put(["a", "b"], [{"mean": channels_last}, {"mean": channels_last[:, ::-1]}])
+    assert store.damaged("ab") == []
+    first, second = store.rows("ab")
+    assert np.array_equal(first["mean"], channels_last)
+    assert np.array_equal(second["mean"], channels_last[:, ::-1])
+
+
 @pytest.mark.parametrize(
     "other",
     [
