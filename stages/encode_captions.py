@@ -147,4 +147,4 @@ def mean_and_std(arrays: Iterable[np.ndarray]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_stage("encode_captions", ("encode_captions",), main)
+    run_stage("encode_captions", ("encode_captions",), main, distributed=True)

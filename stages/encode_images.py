@@ -246,4 +246,4 @@ def write_report(
 
 
 if __name__ == "__main__":
-    run_stage("encode_images", ("encode_images",), main)
+    run_stage("encode_images", ("encode_images",), main, distributed=True)

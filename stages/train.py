@@ -156,6 +156,7 @@ def main(params: Params) -> None:
 def start_accelerator(options: Train) -> Accelerator:
     """Devices, processes and precision, as `accelerate` and the params configure them."""
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else accelerate takes each of several for the only one
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
     )
@@ -296,4 +297,4 @@ def machine(accelerator: Accelerator) -> dict[str, str | int]:
 
 
 if __name__ == "__main__":
-    run_stage("train", ("train", "validation"), main)
+    run_stage("train", ("train", "validation"), main, distributed=True)
