@@ -275,11 +275,11 @@ def repro(*arguments: str) -> tuple[float, str]:
 
 
 def rows_encoded(log: str) -> dict[str, int]:
-    """What the stages said: rows encoded, by description."""
+    """What the stages said: how many were encoded, by description."""
     found = {}
     for line in log.splitlines():
         for name in ("encode images", "encode captions"):
-            if line.startswith(f"{name}: ") and "rows encoded" in line:
+            if line.startswith(f"{name}: ") and " encoded, " in line:
                 found[name] = int(line.split(": ")[1].split()[0])
     return found
 

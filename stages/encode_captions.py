@@ -100,7 +100,7 @@ def encode(
     build = functools.partial(build_encoder, options.clip_skip)
     # Token ids are their own input: there is nothing to load.
     encoder = Encoder(np.asarray, build, options.batch_size, options.dtype)
-    encode_missing(store, keys, items, encoder, "encode captions")
+    encode_missing(store, keys, items, encoder, "encode captions", "windows")
 
 
 def write_captions(

@@ -136,7 +136,8 @@ def encode(moments: WorkStore, images: list[FramedImage], options: EncodeImages)
 
     load = functools.partial(load_view, options)
     encoder = Encoder(load, build_encoder, options.batch_size, options.dtype)
-    encode_missing(moments, all_keys(images), items, encoder, "encode images")
+    unit = "images" if len(names) == 1 else "views"
+    encode_missing(moments, all_keys(images), items, encoder, "encode images", unit)
 
 
 def reconstruct(
@@ -154,7 +155,8 @@ def reconstruct(
 
     load = functools.partial(load_view_and_mean, options)
     encoder = Encoder(load, build_reconstructor, options.batch_size, options.dtype)
-    encode_missing(decoded, [image.keys[0] for image in images], items, encoder, "reconstruct images")
+    keys = [image.keys[0] for image in images]
+    encode_missing(decoded, keys, items, encoder, "reconstruct images", "images")
 
 
 def load_view(options: EncodeImages, value: tuple[bytes, Framing]) -> np.ndarray:

@@ -49,7 +49,7 @@ def items(missing: set[str]) -> Iterator[Item]:
 
 def run(tmp_path: Path, keys: Sequence[str], encoder: Encoder = ENCODER, items_of=items) -> WorkStore:
     store = WorkStore(tmp_path, "encode", {"encoder": encoder.dtype})
-    encode_missing(store, keys, items_of, encoder, "test")
+    encode_missing(store, keys, items_of, encoder, "test", "rows")
     return store
 
 
@@ -179,7 +179,7 @@ if __name__ == "__main__":
     written = []
     put = store.put
     store.put = lambda keys, rows: (written.extend(keys), put(keys, rows))
-    encode_missing(store, keys, items, ENCODER, "test")
+    encode_missing(store, keys, items, ENCODER, "test", "rows")
     assert [float(row["doubled"][0]) for row in store.rows(keys)] == [2.0 * int(key) for key in keys]
     Path({str(tmp_path)!r}, f"rank{{processes().process_index}}").write_text(" ".join(written))
 """
@@ -211,7 +211,7 @@ def items(missing):
 
 if __name__ == "__main__":
     store = WorkStore(Path({str(tmp_path / "work")!r}), "x", {{}})
-    encode_missing(store, [str(i) for i in range(8)], items, Encoder(abs, build, 1, "float32"), "x")
+    encode_missing(store, [str(i) for i in range(8)], items, Encoder(abs, build, 1, "float32"), "x", "rows")
 """
     (tmp_path / "stage.py").write_text(script)
     environment = {**os.environ, "SD_WORKERS": "2", "PYTHONPATH": str(REPOSITORY)}

@@ -37,5 +37,5 @@ def test_encoders_write_the_bytes_of_one_process(project):
     log = run("stages.encode_images")
     assert [content_fingerprint(store) for store in stores] == alone
     assert content_fingerprint(Path("data/encode_images_report")) == report
-    assert "encode images: 12 rows encoded, 0 reused" in log
+    assert "encode images: 12 images encoded, 0 reused" in log
     assert len(set(Path(".work").glob("encode_images/*/*.safetensors")) - blocks_before) == 2

@@ -91,6 +91,7 @@ def encode_missing(
     items_of: Callable[[set[str]], Iterable[Item]],
     encoder: Encoder,
     description: str,
+    unit: str,
 ) -> None:
     """Encode what ``store`` lacks of ``keys``; afterwards it holds them all.
 
@@ -99,6 +100,7 @@ def encode_missing(
         keys: of all rows wanted; a key may come twice, for two samples with the same image.
         items_of: gives the items of the keys it is asked for, and may give others.
         description: shown at the progress bar.
+        unit: what a row is, in the plural.
 
     Raises:
         StageError: naming every sample of a batch whose row holds a non-finite value.
@@ -112,7 +114,7 @@ def encode_missing(
     mine = {key for key in missing if _falls_to(state, key)}
     reused = len(set(keys)) - len(missing)
     with progress_bar(
-        description, "rows", reused + len(mine), reused, state.is_local_main_process
+        description, unit, reused + len(mine), reused, state.is_local_main_process
     ) as progress:
         progress.set_postfix(reused=reused, encoded=0)
 
@@ -123,7 +125,7 @@ def encode_missing(
         _encode(store, _distinct(items_of(mine), mine), encoder, state.device.type, done)
     state.wait_for_everyone()
     store.refresh()
-    logger.info("%s: %d rows encoded, %d reused", description, len(missing), reused)
+    logger.info("%s: %d %s encoded, %d reused", description, len(missing), unit, reused)
 
 
 def _falls_to(state: PartialState, key: str) -> bool:
