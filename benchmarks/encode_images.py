@@ -79,9 +79,7 @@ def write_params(directory: Path, **changes: dict) -> None:
 
 
 @contextlib.contextmanager
-def project(
-    num_images: int, resolution: int, width_divisor: int = 8, clone: bool = False
-) -> Iterator[Path]:
+def project(num_images: int, resolution: int, width_divisor: int = 8, clone: bool = False) -> Iterator[Path]:
     """A directory with params.yaml, the base and the images; with ``clone`` a clone of the repository."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as scratch:

@@ -113,9 +113,7 @@ def encode_missing(
     missing = {key for key in keys if key not in store}
     mine = {key for key in missing if _falls_to(state, key)}
     reused = len(set(keys)) - len(missing)
-    with progress_bar(
-        description, unit, reused + len(mine), reused, state.is_local_main_process
-    ) as progress:
+    with progress_bar(description, unit, reused + len(mine), reused, state.is_local_main_process) as progress:
         progress.set_postfix(reused=reused, encoded=0)
 
         def done(count: int) -> None:
