@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 from pathlib import Path
 
@@ -106,3 +107,12 @@ def run_train(**changes: object) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # a process has one; each run is its own process
     with torch.random.fork_rng():
         train.main(dataclasses.replace(params, train=dataclasses.replace(params.train, **changes)))
+
+
+def content_fingerprint(directory: Path) -> str:
+    """Hash of a directory's files: equal for equal content, whenever and wherever it was made."""
+    digest = hashlib.sha256()
+    for path in sorted(entry for entry in directory.rglob("*") if entry.is_file()):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(directory).as_posix()} {content}\n".encode())
+    return digest.hexdigest()

@@ -16,9 +16,8 @@ from stages import encode_images, evaluate, prepare, tokenize_captions
 from stages.lib.errors import StageError
 from stages.lib.latents import read_latents
 from stages.lib.params import read_params
-from stages.lib.stores import content_fingerprint
 from stages.lib.work import WorkStore
-from tests.conftest import CAPTIONS, draw_image, run_encoders, run_train, write_params
+from tests.conftest import CAPTIONS, content_fingerprint, draw_image, run_encoders, run_train, write_params
 
 SHAPES = [(80, 72), (150, 100), (100, 150), (64, 64)]
 BUCKETS = {"buckets": "auto", "resolution": 64, "bucket_step": 16, "max_aspect": 2.0}

@@ -20,9 +20,9 @@ from stages.lib.errors import StageError
 from stages.lib.latents import read_latents
 from stages.lib.pairs import read_captions
 from stages.lib.params import read_params
-from stages.lib.stores import content_fingerprint, open_store, read_array
+from stages.lib.stores import open_store, read_array
 from stages.lib.text_encoder import encode_text
-from tests.conftest import REPOSITORY, draw_image, run_encoders, write_params
+from tests.conftest import REPOSITORY, content_fingerprint, draw_image, run_encoders, write_params
 
 
 def read_json(path: str) -> dict:

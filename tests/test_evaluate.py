@@ -20,9 +20,8 @@ from stages.lib.grids import Row, draw_grid
 from stages.lib.latents import read_latents
 from stages.lib.pairs import read_captions
 from stages.lib.params import read_params
-from stages.lib.stores import content_fingerprint
 from tests.checkpoints import sd15_like, sd21_like
-from tests.conftest import draw_image, run_encoders, run_train, write_params
+from tests.conftest import content_fingerprint, draw_image, run_encoders, run_train, write_params
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from stages import prepare, tokenize_captions
 from stages.lib.params import read_params
-from stages.lib.stores import content_fingerprint
-from tests.conftest import REPOSITORY, run_encoders
+from tests.conftest import REPOSITORY, content_fingerprint, run_encoders
 
 LAUNCH = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
 

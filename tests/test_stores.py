@@ -14,7 +14,6 @@ import zarr
 from stages.lib.errors import StageError
 from stages.lib.stores import (
     ArraySpec,
-    content_fingerprint,
     create_store,
     finish_store,
     iter_array,
@@ -23,7 +22,7 @@ from stages.lib.stores import (
     verify_store,
     write_rows,
 )
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, content_fingerprint
 
 TEXT = np.dtypes.StringDType()
 REMEDY = "run `dvc repro -f -s encode_images`"

@@ -28,8 +28,7 @@ from stages.lib.export import read_lineage
 from stages.lib.latents import read_latents
 from stages.lib.pairs import read_captions
 from stages.lib.params import read_params
-from stages.lib.stores import content_fingerprint
-from tests.conftest import REPOSITORY, run_train, write_params
+from tests.conftest import REPOSITORY, content_fingerprint, run_train, write_params
 
 CURVES = ("train_loss", "validation_loss", "lr", "grad_norm")
 

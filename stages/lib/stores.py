@@ -192,13 +192,6 @@ def iter_array(path: Path, group: zarr.Group, name: str, stage: str) -> Iterator
             raise StageError(f"{path}/{file.as_posix()}: damaged ({error}); {_remedy(stage)}") from error
 
 
-def content_fingerprint(path: Path) -> str:
-    """Hash of a directory's files: equal for equal content, whenever and wherever it was made."""
-    root = path / "zarr.json"
-    hashes = _file_hashes(path) | ({"zarr.json": _hash(root)} if root.exists() else {})
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-
-
 def describe(path: Path) -> str:
     """What a store holds, as text: attributes, and a line for each array."""
     group = zarr.open_group(path, mode="r")
