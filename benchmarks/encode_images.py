@@ -46,7 +46,7 @@ from stages.lib.params import Params, read_params  # noqa: E402
 from stages.lib.sources import open_source  # noqa: E402
 from stages.lib.stage_run import keep_freed_memory  # noqa: E402
 from stages.lib.stores import open_store  # noqa: E402
-from stages.lib.work import WorkStore  # noqa: E402
+from stages.lib.work import Block, WorkStore  # noqa: E402
 from tests.checkpoints import sd15_like  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -342,7 +342,7 @@ def kills(num_images: int = 2_000, num_kills: int = 20) -> dict:
                 start_new_session=True,
                 stderr=subprocess.DEVNULL,
             )
-            time.sleep(moments.uniform(3, 9))
+            time.sleep(moments.uniform(8, 20))
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(stage.pid, signal.SIGKILL)
             stage.wait()
@@ -356,12 +356,10 @@ def kills(num_images: int = 2_000, num_kills: int = 20) -> dict:
 
 
 def rows_in_store(directory: Path) -> int:
-    import safetensors
-
     count = 0
-    for block in directory.glob(".work/encode_images/*/*.safetensors"):
-        with safetensors.safe_open(block, framework="np") as opened:
-            count += len((opened.metadata() or {})["keys"].split())
+    for path in directory.glob(".work/encode_images/*/*.safetensors"):
+        with Block(path) as block:
+            count += len(block.keys)
     return count
 
 
