@@ -374,7 +374,7 @@ def kill_dvc(undisturbed: dict[str, str]) -> dict:
     first.kill()
     first.wait()
     _, log = repro("--force", "--single-item", "encode_images")
-    waited = [line for line in log.splitlines() if line.startswith("waiting")]
+    waited = [line.split("; lock")[0] for line in log.splitlines() if line.startswith("waiting")]
     return {"message": waited, "same_bytes": fingerprints() == undisturbed}
 
 
