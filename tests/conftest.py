@@ -31,6 +31,8 @@ SMALL = {
         "log_every_steps": 1,
         "validation_every_steps": 3,
         "checkpoint_every_steps": 2,
+        "preview_every_steps": 3,
+        "num_previews": 2,
     },
     "validation": {"num_timesteps": 2, "batch_size": 4},
     "evaluate": {

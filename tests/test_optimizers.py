@@ -108,7 +108,7 @@ def test_a_resumed_run_is_bit_identical(name, tmp_path: Path):
     def start() -> tuple:
         model = network()
         optimizer = build_optimizer(model.parameters(), options)
-        return model, optimizer, build_lr_schedule(optimizer, options)
+        return model, optimizer, build_lr_schedule(optimizer, options, options.max_train_steps)
 
     def train(parts: tuple, numbers: range) -> None:
         for number in numbers:
@@ -167,7 +167,7 @@ def rates(**changes: object) -> list[float]:
     """The learning rate of steps 0 to 110, over its peak, with a warm-up of 10."""
     options = Options(lr_warmup_steps=10, max_train_steps=110, **changes)
     optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], options)
-    schedule = build_lr_schedule(optimizer, options)
+    schedule = build_lr_schedule(optimizer, options, options.max_train_steps)
     found = []
     for _ in range(111):
         found.append(schedule.get_last_lr()[0] / options.learning_rate)

@@ -69,7 +69,8 @@ def test_all_problems_are_reported_at_once(tmp_path):
         "9 problem(s)",
         "train.learning_rate: expected a number, got 'fast'",
         "train.seed: expected a number of 0 or more, got -1",
-        "train.lr_scheduler: expected one of constant, cosine, linear, got 'cosin'",
+        "train.lr_scheduler: expected one of constant, cosine, cosine_with_restarts, linear, polynomial, "
+        "got 'cosin'",
         "train.use_ema: expected true or false, got 'yes'",
         "train.surprise: unknown key",
         "evaluate.seeds: expected a list of one or more values, got []",

@@ -45,12 +45,17 @@ TOKENIZER_FILES = (
 
 # What diffusers and transformers assume where a config leaves a key out.
 _DEFAULT_LATENT_CHANNELS = 4
-_DEFAULT_SCALING_FACTOR = 0.18215
+_DEFAULT_VAE_CONFIG = {
+    "block_out_channels": [64],
+    "latent_channels": _DEFAULT_LATENT_CHANNELS,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+}
 _DEFAULT_CROSS_ATTENTION_DIM = 1280
 _DEFAULT_TEXT_CONFIG = {"hidden_size": 512, "max_position_embeddings": 77, "vocab_size": 49408}
 
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
-_PREDICTION_TYPES = ("epsilon", "v_prediction")
+_PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _UNET_TASKS = {5: "depth-to-image", 7: "upscaling", 8: "image editing (InstructPix2Pix)", 9: "inpainting"}
 _BOOKKEEPING_KEYS = ("transformers_version", "torch_dtype", "dtype")
 
@@ -70,7 +75,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def scaling_factor(vae_config: dict[str, Any]) -> float:
     """Of a VAE's config; the configs of SD 1.x and 2.x leave it out."""
-    return float(vae_config.get("scaling_factor", _DEFAULT_SCALING_FACTOR))
+    return float({**_DEFAULT_VAE_CONFIG, **vae_config}["scaling_factor"])
+
+
+def read_vae_config(base: Path) -> dict[str, Any]:
+    """The VAE's config, with what `AutoencoderKL` assumes where it leaves a key out; no weights are read."""
+    return {**_DEFAULT_VAE_CONFIG, **read_config(_component(base, "vae") / CONFIG_FILES["vae"])}
 
 
 def config_problems(base: Path) -> list[str]:
@@ -271,6 +281,24 @@ def component_fingerprint(component: Path) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def check_made_by(store: Path, what: str, found: str, component: Path, stage: str) -> None:
+    """Raise StageError if another model than this one made a store.
+
+    Args:
+        store: named in the error.
+        what: it holds, in the plural.
+        found: fingerprint of the model that made it.
+        component: directory of the model expected, e.g. ``data/base/vae``.
+        stage: that makes the store.
+    """
+    expected = component_fingerprint(component)
+    if found != expected:
+        raise StageError(
+            f"{store}: expected {what} encoded by {component} ({expected[:12]}), "
+            f"got those of another ({found[:12]}); run `dvc repro {stage}`"
+        )
 
 
 def load_tokenizer(base: Path) -> CLIPTokenizer:

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
+from stages.lib.conditioning import Conditioning
 from stages.lib.draws import generator
+from stages.lib.errors import StageError
+from stages.lib.latents import Latents
+from stages.lib.objective import draw_timesteps, offset_noise, perturbed_noise
+from stages.lib.pairs import SampleCaptions
 from stages.lib.params import Train
 
 
@@ -46,6 +51,56 @@ class TrainingSet:
             (self.buckets == number).nonzero().flatten().tolist() for number in range(len(self.latent_shapes))
         ]
 
+    @property
+    def largest_shape(self) -> tuple[int, ...]:
+        """(4, h, w) of the bucket with most samples."""
+        numbers = range(len(self.members))
+        return tuple(self.latent_shapes[max(numbers, key=lambda number: len(self.members[number]))])
+
+    def num_steps(self, options: Train) -> int:
+        """Optimizer steps of ``num_train_epochs``; what fills no batch of one shape is left to the next."""
+        sizes = tuple(map(len, self.members))
+        return _first_step(sizes, options.train_batch_size, options.num_train_epochs or 0)
+
+
+def training_set(samples: list[SampleCaptions], latents: Latents, conditioning: Conditioning) -> TrainingSet:
+    """The samples of the training split, joined to their latents and captions by name.
+
+    Raises:
+        StageError: if there is none, or one was not encoded.
+    """
+    chosen = [sample for sample in samples if sample.split == "train"]
+    if not chosen:
+        raise StageError(
+            "data/pairs/captions.parquet: expected samples to train on, got none; run `dvc repro prepare`"
+        )
+    rows = latents.rows([sample.sample_id for sample in chosen])
+    return TrainingSet(
+        sample_ids=[sample.sample_id for sample in chosen],
+        latent_rows=rows,
+        caption_rows=[conditioning.rows(list(sample.captions)).tolist() for sample in chosen],
+        empty_row=conditioning.empty_row,
+        num_views=latents.num_views,
+        buckets=latents.bucket_of(rows),
+        latent_shapes=[bucket.mean.shape[2:] for bucket in latents.buckets],
+    )
+
+
+def parts_of_process(options: Train, process_index: int, num_processes: int) -> tuple[range, int]:
+    """Which of the equal parts of a step's batch a process takes, and how many there are.
+
+    Raises:
+        StageError: if the batch cannot be split over processes and accumulation steps.
+    """
+    num_parts = num_processes * options.gradient_accumulation_steps
+    if options.train_batch_size % num_parts:
+        raise StageError(
+            f"params.yaml: train.train_batch_size {options.train_batch_size} cannot be split over "
+            f"{num_processes} processes x {options.gradient_accumulation_steps} accumulation steps; "
+            f"use a multiple of {num_parts}"
+        )
+    return range(process_index, num_parts, num_processes), num_parts
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -54,7 +109,9 @@ class Batch:
     Attributes:
         samples: (B,) int64 positions in the training set.
         latent_rows, views, caption_rows, timesteps: (B,) int64.
-        posterior_noise, noise: (B, 4, h, w) float32, standard normal.
+        posterior_noise: (B, 4, h, w) float32, standard normal.
+        noise: (B, 4, h, w) float32, what the target is made of.
+        input_noise: (B, 4, h, w) float32, what the latents are mixed with.
     """
 
     samples: torch.Tensor
@@ -64,14 +121,11 @@ class Batch:
     timesteps: torch.Tensor
     posterior_noise: torch.Tensor
     noise: torch.Tensor
+    input_noise: torch.Tensor
 
     def part(self, index: int, num_parts: int) -> Batch:
         """The ``index``-th of ``num_parts`` equal slices."""
         return Batch(*(value.chunk(num_parts)[index] for value in vars(self).values()))
-
-    def draws(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """posterior_noise, noise and timesteps on ``device``."""
-        return self.posterior_noise.to(device), self.noise.to(device), self.timesteps.to(device)
 
 
 def draw_batch(
@@ -80,9 +134,9 @@ def draw_batch(
     """Draw the batch of one optimizer step.
 
     Samples of a bucket follow one permutation an epoch, so that each is seen once before any is seen
-    twice; buckets come in a random order, each as often as its share of the samples asks;
-    timesteps are uniform (Ho et al. 2020, algorithm 1); ``caption_dropout`` of the samples get the
-    empty caption (Ho and Salimans 2022, algorithm 1).
+    twice; buckets come in a random order, each as often as its share of the samples asks. Of several
+    views and captions one of each is drawn; ``caption_dropout`` of the samples get the empty
+    caption (Ho and Salimans 2022, algorithm 1).
     """
     seed, batch_size = options.seed, options.train_batch_size
     sizes = tuple(map(len, training_set.members))
@@ -97,6 +151,14 @@ def draw_batch(
     def stream(purpose: str) -> torch.Generator:
         return generator(seed, purpose, global_step)
 
+    noise = torch.randn(shape, generator=stream("noise"))
+    if options.noise_offset:
+        channel_noise = torch.randn(*shape[:2], 1, 1, generator=stream("noise offset"))
+        noise = offset_noise(noise, channel_noise, options.noise_offset)
+    input_noise = noise
+    if options.input_perturbation:
+        perturbation = torch.randn(shape, generator=stream("input perturbation"))
+        input_noise = perturbed_noise(noise, perturbation, options.input_perturbation)
     choice = torch.rand(batch_size, generator=stream("caption")).tolist()
     dropped = torch.rand(batch_size, generator=stream("caption dropout")) < options.caption_dropout
     caption_rows = torch.tensor(
@@ -109,9 +171,12 @@ def draw_batch(
         latent_rows=training_set.latent_rows[index],
         views=torch.randint(training_set.num_views, (batch_size,), generator=stream("view")),
         caption_rows=caption_rows,
-        timesteps=torch.randint(num_train_timesteps, (batch_size,), generator=stream("timestep")),
+        timesteps=draw_timesteps(
+            options.timestep_sampling, batch_size, num_train_timesteps, stream("timestep")
+        ),
         posterior_noise=torch.randn(shape, generator=stream("posterior")),
-        noise=torch.randn(shape, generator=stream("noise")),
+        noise=noise,
+        input_noise=input_noise,
     )
 
 

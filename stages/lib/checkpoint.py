@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stages.lib.ema import MovingAverage
+from stages.lib.errors import StageError
 from stages.lib.work import open_atomically, remove_partials
 from stages.lib.work_directory import mark_used, trim, use
 
@@ -16,11 +18,25 @@ logger = logging.getLogger(__name__)
 KEPT = 2
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on.
+
+    Attributes:
+        global_step: the first step to run.
+        points, previews: of the steps before it.
+    """
+
+    global_step: int
+    points: list[tuple[int, dict[str, float]]]
+    previews: dict[int, torch.Tensor]
+
+
 class TrainingState:
     """Everything a run carries from one step to the next; the draws are functions of the step.
 
     Args:
-        unet: the live weights.
+        parameters: the weights that are trained.
         optimizer, lr_scheduler: with their `state_dict`.
         ema: the moving average, or None.
         scaler: the loss scaler of fp16, or None.
@@ -28,36 +44,36 @@ class TrainingState:
 
     def __init__(
         self,
-        unet: torch.nn.Module,
+        parameters: list[torch.nn.Parameter],
         optimizer: torch.optim.Optimizer,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
         ema: MovingAverage | None,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        parts = {
-            "unet": unet,
-            "optimizer": optimizer,
-            "lr_scheduler": lr_scheduler,
-            "ema": ema,
-            "scaler": scaler,
-        }
+        self.parameters = parameters
+        parts = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "ema": ema, "scaler": scaler}
         self.parts: dict[str, Any] = {name: part for name, part in parts.items() if part is not None}
 
     def capture(self) -> dict[str, Any]:
-        """The state of every part."""
-        return {name: part.state_dict() for name, part in self.parts.items()}
+        """The weights and the state of every part."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        return {"weights": [parameter.detach() for parameter in self.parameters], **states}
 
-    def restore(self, saved: dict[str, Any] | None) -> tuple[int, list]:
-        """Continue from a checkpoint.
-
-        Returns:
-            The first step to run and the points logged before it; 0 and none without a checkpoint.
-        """
+    def restore(self, saved: dict[str, Any] | None) -> Resumed:
+        """Continue from a checkpoint, or begin where there is none."""
         if saved is None:
-            return 0, []
+            return Resumed(0, [], {})
+        load_weights(self.parameters, saved["weights"])
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
-        return saved["global_step"], saved["points"]
+        return Resumed(saved["global_step"], saved["points"], saved["previews"])
+
+
+@torch.no_grad()
+def load_weights(parameters: list[torch.nn.Parameter], saved: list[torch.Tensor]) -> None:
+    """Copy ``saved`` into ``parameters``, in place."""
+    for parameter, value in zip(parameters, saved, strict=True):
+        parameter.copy_(value)
 
 
 class Checkpoints:
@@ -71,6 +87,7 @@ class Checkpoints:
     def __init__(self, root: Path, run_fingerprint: str) -> None:
         self._root = root
         self.directory = root / "train" / run_fingerprint[:20]
+        self._best = self.directory / "best.pt"
         self._use = use(self.directory)
         remove_partials(self.directory)
 
@@ -88,6 +105,36 @@ class Checkpoints:
             old.unlink(missing_ok=True)  # the same run elsewhere may have done it
         trim(self._root)
         return path
+
+    def save_best(self, global_step: int, parameters: list[torch.nn.Parameter]) -> None:
+        """Keep the weights with the best validation loss so far, beside the checkpoints."""
+        with open_atomically(self._best) as handle:
+            weights = [parameter.detach() for parameter in parameters]
+            torch.save({"global_step": global_step, "weights": weights}, handle)
+        mark_used(self._best)
+
+    def load_best(self, global_step: int | None) -> list[torch.Tensor]:
+        """The weights of `save_best`.
+
+        Raises:
+            StageError: if they cannot be read, or are those of another step than ``global_step``.
+        """
+        try:
+            best = torch.load(self._best, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises a dozen types for a damaged archive
+            raise StageError(f"{self._best}: cannot be read ({error}); {self._anew()}") from error
+        if best["global_step"] != global_step:
+            found = best["global_step"]
+            raise StageError(f"{self._best}: expected step {global_step}, got {found}; {self._anew()}")
+        return best["weights"]
+
+    def kept(self) -> str:
+        """What of the run is safe, as the end of a message."""
+        paths = self.paths()
+        return f"last good checkpoint: {paths[-1] if paths else 'none yet'}"
+
+    def _anew(self) -> str:
+        return f"remove {self.directory} and run `dvc repro train` to train anew"
 
     def load_latest(self) -> dict[str, Any] | None:
         """The newest state that can be read; a damaged one is left out with a warning."""

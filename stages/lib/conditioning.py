@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
-from stages.lib.base_model import component_fingerprint
+from stages.lib.base_model import check_made_by
+from stages.lib.devices import to_device
 from stages.lib.errors import StageError
 from stages.lib.stores import open_store, read_array
+from stages.lib.streaming import StoredRows
 
 CAPTIONS = Path("data/captions.zarr")
 
@@ -19,7 +21,7 @@ class Conditioning:
     """All distinct captions of a data set.
 
     Attributes:
-        encoder_hidden_states: (U, num_chunks * 77, D) float16.
+        encoder_hidden_states: (U, num_chunks * 77, D) float16; in memory, or read when asked for.
         row_of: caption text -> row.
         empty_row: row of "", the unconditional input.
         num_chunks: windows a caption, each of 77 tokens.
@@ -28,7 +30,7 @@ class Conditioning:
         fingerprint: of the store's content.
     """
 
-    encoder_hidden_states: torch.Tensor
+    encoder_hidden_states: torch.Tensor | StoredRows
     row_of: dict[str, int]
     empty_row: int
     num_chunks: int
@@ -51,11 +53,15 @@ class Conditioning:
 
     def states(self, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
         """encoder_hidden_states of (B,) rows on ``device``, (B, num_chunks * 77, D) float32."""
-        return self.encoder_hidden_states[rows].to(device).float()
+        return to_device(self.encoder_hidden_states[rows], device).float()
 
 
-def read_conditioning(path: Path = CAPTIONS) -> Conditioning:
-    """Load the store that encode_captions made.
+def read_conditioning(path: Path = CAPTIONS, resident: bool = True) -> Conditioning:
+    """Open the store that encode_captions made.
+
+    Args:
+        path: of the store.
+        resident: load the states into memory; false reads them as they are asked for.
 
     Raises:
         StageError: if it is absent, incomplete or damaged.
@@ -63,10 +69,14 @@ def read_conditioning(path: Path = CAPTIONS) -> Conditioning:
     store = open_store(path, "encode_captions")
     captions = read_array(path, store, "caption", "encode_captions").tolist()
     clip_skip = store.attrs["clip_skip"]
+    name = "encoder_hidden_states"
+    states = (
+        torch.from_numpy(read_array(path, store, name, "encode_captions"))
+        if resident
+        else StoredRows(path, store, name)
+    )
     return Conditioning(
-        encoder_hidden_states=torch.from_numpy(
-            read_array(path, store, "encoder_hidden_states", "encode_captions")
-        ),
+        encoder_hidden_states=states,
         row_of={caption: row for row, caption in enumerate(captions)},
         empty_row=int(store.attrs["empty_row"]),
         num_chunks=int(store.attrs["num_chunks"]),
@@ -78,9 +88,4 @@ def read_conditioning(path: Path = CAPTIONS) -> Conditioning:
 
 def check_text_encoder(conditioning: Conditioning, text_encoder: Path) -> None:
     """Raise StageError if the captions were encoded by another text encoder than this one."""
-    expected = component_fingerprint(text_encoder)
-    if conditioning.model_fingerprint != expected:
-        raise StageError(
-            f"{CAPTIONS}: expected captions encoded by {text_encoder} ({expected[:12]}), "
-            f"got those of another ({conditioning.model_fingerprint[:12]}); run `dvc repro encode_captions`"
-        )
+    check_made_by(CAPTIONS, "captions", conditioning.model_fingerprint, text_encoder, "encode_captions")

@@ -38,6 +38,23 @@ class History:
             self.live.log_metric(name, value)
         self.live.make_summary()
 
+    @property
+    def best_step(self) -> int | None:
+        """The first step with the lowest validation loss, None without one."""
+        losses = self._validation_losses()
+        return min(losses, key=lambda step: (losses[step], step)) if losses else None
+
+    def has_stalled(self, patience: int | None) -> bool:
+        """Whether the last ``patience`` validation losses are no better than one before them."""
+        if patience is None or self.best_step is None:
+            return False
+        return sum(step > self.best_step for step in self._validation_losses()) >= patience
+
+    def _validation_losses(self) -> dict[int, float]:
+        return {
+            step: values["validation_loss"] for step, values in self.points if "validation_loss" in values
+        }
+
     def close(self) -> None:
         """Finish the files."""
         if self.live is not None:

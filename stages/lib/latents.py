@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.lib.base_model import component_fingerprint
+from stages.lib.base_model import check_made_by
+from stages.lib.devices import to_device
 from stages.lib.errors import StageError
 from stages.lib.pairs import SampleCaptions
 from stages.lib.stores import open_store, read_array
+from stages.lib.streaming import StoredRows
 
 LATENTS = Path("data/latents.zarr")
 
@@ -29,17 +31,17 @@ class Bucket:
 
     Attributes:
         sample_ids: N names, sorted.
-        mean, logvar: (N, V, 4, h, w) float16, unscaled.
+        mean, logvar: (N, V, 4, h, w) float16, unscaled; in memory, or read when asked for.
     """
 
     sample_ids: list[str]
-    mean: torch.Tensor
-    logvar: torch.Tensor
+    mean: torch.Tensor | StoredRows
+    logvar: torch.Tensor | StoredRows
 
 
 @dataclass(frozen=True)
 class Latents:
-    """All moments of a data set, resident in memory.
+    """All moments of a data set.
 
     Rows are numbered through the buckets, in their order; a batch is made of one bucket.
 
@@ -96,7 +98,7 @@ class Latents:
         """mean and logvar of (B,) rows of one bucket on ``device``, each (B, 4, h, w)."""
         number = int(self.bucket_of(rows[0]))
         bucket, rows = self.buckets[number], rows - self._first_rows[number]
-        return bucket.mean[rows, views].to(device), bucket.logvar[rows, views].to(device)
+        return to_device(bucket.mean[rows, views], device), to_device(bucket.logvar[rows, views], device)
 
     @functools.cached_property
     def _first_rows(self) -> torch.Tensor:
@@ -109,8 +111,12 @@ class Latents:
         return {sample_id: row for row, sample_id in enumerate(names)}
 
 
-def read_latents(path: Path = LATENTS) -> Latents:
-    """Load the store that encode_images made.
+def read_latents(path: Path = LATENTS, resident: bool = True) -> Latents:
+    """Open the store that encode_images made.
+
+    Args:
+        path: of the store.
+        resident: load the moments into memory; false reads them as they are asked for.
 
     Raises:
         StageError: if it is absent, incomplete or damaged.
@@ -118,12 +124,14 @@ def read_latents(path: Path = LATENTS) -> Latents:
     store = open_store(path, "encode_images")
     attributes: dict[str, Any] = dict(store.attrs)
 
+    def moment(name: str) -> torch.Tensor | StoredRows:
+        if not resident:
+            return StoredRows(path, store, name)
+        return torch.from_numpy(read_array(path, store, name, "encode_images"))
+
     def bucket(prefix: str) -> Bucket:
-        sample_id, mean, logvar = (
-            read_array(path, store, f"{prefix}{name}", "encode_images")
-            for name in ("sample_id", "mean", "logvar")
-        )
-        return Bucket(sample_id.tolist(), torch.from_numpy(mean), torch.from_numpy(logvar))
+        sample_ids = read_array(path, store, f"{prefix}sample_id", "encode_images").tolist()
+        return Bucket(sample_ids, moment(f"{prefix}mean"), moment(f"{prefix}logvar"))
 
     return Latents(
         buckets=[bucket(f"{name}/") for name in sorted(store.group_keys())] or [bucket("")],
@@ -138,12 +146,7 @@ def read_latents(path: Path = LATENTS) -> Latents:
 
 def check_vae(latents: Latents, vae: Path) -> None:
     """Raise StageError if the images were encoded by another VAE than this one."""
-    expected = component_fingerprint(vae)
-    if latents.model_fingerprint != expected:
-        raise StageError(
-            f"{LATENTS}: expected latents encoded by {vae} ({expected[:12]}), "
-            f"got those of another ({latents.model_fingerprint[:12]}); run `dvc repro encode_images`"
-        )
+    check_made_by(LATENTS, "latents", latents.model_fingerprint, vae, "encode_images")
 
 
 def sample_latents(

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict
 
 from stages.lib.draws import generator
 from stages.lib.errors import StageError
@@ -45,6 +44,13 @@ def add_lora(
             f"params.yaml: train.lora_target_modules: data/base/unet has no module {', '.join(absent)}; "
             "attention projections are to_q, to_k, to_v and to_out.0"
         )
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise StageError(
+            "params.yaml: train.lora_rank needs the package peft, which is not installed; "
+            'run `pip install -e ".[lora]"`'
+        ) from error
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules))
     try:
         with torch.random.fork_rng(devices=[]):
@@ -67,6 +73,8 @@ def save_lora(unet: UNet2DConditionModel, path: Path, lineage: dict[str, str]) -
         path: of an existing directory.
         lineage: text values kept in the safetensors metadata.
     """
+    from peft import get_peft_model_state_dict
+
     config = unet.peft_config["default"]
     # The keys that every version of peft knows: a reader rejects those it does not.
     adapter = {

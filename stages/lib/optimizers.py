@@ -35,8 +35,6 @@ class OptimizerOptions(Protocol):
     def lr_num_cycles(self) -> int: ...
     @property
     def lr_power(self) -> float: ...
-    @property
-    def max_train_steps(self) -> int: ...
 
 
 def build_optimizer(
@@ -75,9 +73,9 @@ def build_optimizer(
 
 
 def build_lr_schedule(
-    optimizer: torch.optim.Optimizer, options: OptimizerOptions
+    optimizer: torch.optim.Optimizer, options: OptimizerOptions, num_training_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up from zero over ``lr_warmup_steps``, then ``lr_scheduler`` until ``max_train_steps``.
+    """Linear warm-up from zero over ``lr_warmup_steps``, then ``lr_scheduler`` until ``num_training_steps``.
 
     ``constant``; ``linear``, a line to zero; ``cosine``, half a cosine to zero;
     ``cosine_with_restarts``, ``lr_num_cycles`` of these; ``polynomial``, to 1e-7 by
@@ -89,7 +87,7 @@ def build_lr_schedule(
         names.get(options.lr_scheduler, options.lr_scheduler),
         optimizer,
         num_warmup_steps=options.lr_warmup_steps,
-        num_training_steps=options.max_train_steps,
+        num_training_steps=num_training_steps,
         num_cycles=options.lr_num_cycles,
         power=options.lr_power,
     )

@@ -21,6 +21,7 @@ from stages.lib.errors import StageError
 
 PARAMS_FILE = Path("params.yaml")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+POLYNOMIAL_END = 1e-7  # learning rate that diffusers' polynomial schedule ends with
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Choice(tuple[str, ...]):
 
 @dataclass(frozen=True)
 class FetchBase:
-    """Which base model and, if another, which VAE."""
+    """Which base model, if another which VAE, and which CLIP measures pictures."""
 
     source: Annotated[str, Choice("directory", "hub")]
     directory: str
@@ -51,10 +52,14 @@ class FetchBase:
     vae_directory: str
     vae_hub_id: str | None
     vae_revision: str | None
+    clip_source: Annotated[str, Choice("base", "directory", "hub")]
+    clip_directory: str
+    clip_hub_id: str | None
+    clip_revision: str | None
 
     def problems(self) -> list[tuple[str, str, Any]]:
         found: list[tuple[str, str, Any]] = []
-        for source, prefix in ((self.source, ""), (self.vae_source, "vae_")):
+        for source, prefix in ((self.source, ""), (self.vae_source, "vae_"), (self.clip_source, "clip_")):
             hub_id, revision = getattr(self, f"{prefix}hub_id"), getattr(self, f"{prefix}revision")
             if source != "hub":
                 continue
@@ -133,33 +138,69 @@ class Train:
     seed: Annotated[int, Range(0)]
     train_batch_size: Annotated[int, Range(1)]
     gradient_accumulation_steps: Annotated[int, Range(1)]
-    max_train_steps: Annotated[int, Range(1)]
+    max_train_steps: Annotated[int | None, Range(1)]
+    num_train_epochs: Annotated[int | None, Range(1)]
+    early_stopping_patience: Annotated[int | None, Range(1)]
+    export: Annotated[str, Choice("last", "best")]
+    prediction_type: Annotated[str | None, Choice("epsilon", "v_prediction", "sample")]
+    rescale_betas_zero_snr: bool
+    snr_gamma: Annotated[float | None, Range(0, without=(0,))]
+    timestep_sampling: Annotated[str, Choice("uniform", "stratified")]
+    noise_offset: Annotated[float, Range(0)]
+    input_perturbation: Annotated[float, Range(0)]
+    caption_dropout: Annotated[float, Range(0, 1)]
+    optimizer: Annotated[str, Choice("adamw", "adamw_8bit", "adafactor")]
     learning_rate: Annotated[float, Range(0)]
-    lr_scheduler: Annotated[str, Choice("constant", "cosine", "linear")]
+    lr_scheduler: Annotated[str, Choice("constant", "cosine", "cosine_with_restarts", "linear", "polynomial")]
     lr_warmup_steps: Annotated[int, Range(0)]
+    lr_num_cycles: Annotated[int, Range(1)]
+    lr_power: Annotated[float, Range(0, without=(0,))]
     adam_beta1: Annotated[float, Range(0, 1, without=(1,))]
     adam_beta2: Annotated[float, Range(0, 1, without=(1,))]
     adam_weight_decay: Annotated[float, Range(0)]
     adam_epsilon: Annotated[float, Range(0)]
     max_grad_norm: Annotated[float, Range(0, without=(0,))]
-    snr_gamma: Annotated[float | None, Range(0, without=(0,))]
     use_ema: bool
     ema_decay: Annotated[float, Range(0, 1)]
-    caption_dropout: Annotated[float, Range(0, 1)]
+    ema_power: Annotated[float | None, Range(0, without=(0,))]
+    ema_update_after_step: Annotated[int, Range(0)]
+    validate_ema: bool
+    export_ema: bool
+    lora_rank: Annotated[int | None, Range(1)]
+    lora_alpha: Annotated[int, Range(1)]
+    lora_target_modules: tuple[str, ...]
     mixed_precision: Annotated[str, Choice("no", "bf16", "fp16")]
+    allow_tf32: bool
     channels_last: bool
+    gradient_checkpointing: bool
+    torch_compile: bool
+    max_resident_bytes: Annotated[int, Range(0)]
     log_every_steps: Annotated[int, Range(1)]
     validation_every_steps: Annotated[int, Range(1)]
     checkpoint_every_steps: Annotated[int, Range(1)]
+    preview_every_steps: Annotated[int | None, Range(1)]
+    num_previews: Annotated[int, Range(1)]
+    preview_guidance_scale: Annotated[float, Range(1)]
 
     def problems(self) -> list[tuple[str, str, Any]]:
         found: list[tuple[str, str, Any]] = []
         if self.train_batch_size % self.gradient_accumulation_steps:
             expected = f"a divisor of train_batch_size {self.train_batch_size}"
             found.append(("gradient_accumulation_steps", expected, self.gradient_accumulation_steps))
-        if self.lr_warmup_steps > self.max_train_steps:
+        if (self.max_train_steps is None) == (self.num_train_epochs is None):
+            expected = "a number here or in num_train_epochs, and null in the other"
+            found.append(("max_train_steps", expected, self.max_train_steps))
+        elif self.max_train_steps is not None and self.lr_warmup_steps > self.max_train_steps:
             expected = f"at most max_train_steps {self.max_train_steps}"
             found.append(("lr_warmup_steps", expected, self.lr_warmup_steps))
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            expected = (
+                "v_prediction or sample with rescale_betas_zero_snr: pure noise teaches epsilon nothing"
+            )
+            found.append(("prediction_type", expected, self.prediction_type))
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            expected = f"more than {POLYNOMIAL_END:g}, where lr_scheduler: polynomial ends"
+            found.append(("learning_rate", expected, self.learning_rate))
         return found
 
 
@@ -175,15 +216,23 @@ class Validation:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Which pictures are made."""
+    """Which pictures are made, and how sure the numbers are that are measured on them."""
 
     prompts: tuple[str, ...]
     negative_prompt: str
     seeds: Annotated[tuple[int, ...], Range(0)]
+    scheduler: Annotated[tuple[str, ...], Choice("base", "ddim", "dpmsolver++", "euler", "unipc")]
     guidance_scale: Annotated[tuple[float, ...], Range(1)]
     num_inference_steps: Annotated[tuple[int, ...], Range(1)]
     batch_size: Annotated[int, Range(1)]
     num_contact_samples: Annotated[int, Range(1)]
+    denoising_every_steps: Annotated[int | None, Range(1)]
+    num_metric_samples: Annotated[int, Range(2)]
+    memorisation_threshold: Annotated[float, Range(-1, 1)]
+    num_worst_pairs: Annotated[int, Range(1)]
+    bootstrap_resamples: Annotated[int, Range(100)]
+    bootstrap_level: Annotated[float, Range(0, 1, without=(0, 1))]
+    bootstrap_seed: Annotated[int, Range(0)]
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,11 @@ def iter_array(path: Path, group: zarr.Group, name: str, stage: str) -> Iterator
             raise StageError(f"{path}/{file.as_posix()}: damaged ({error}); {_remedy(stage)}") from error
 
 
+def store_bytes(path: Path) -> int:
+    """Bytes of all files of a store; 0 where there is none."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
 def describe(path: Path) -> str:
     """What a store holds, as text: attributes, and a line for each array."""
     group = zarr.open_group(path, mode="r")

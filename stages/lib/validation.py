@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,46 @@ from stages.lib.objective import denoising_target, sample_losses
 from stages.lib.pairs import SampleCaptions
 from stages.lib.params import Validation
 
+NUM_BINS = 4  # of the noise schedule, whose losses are told apart
+
+
+@dataclass(frozen=True)
+class HeldOutLosses:
+    """Unweighted denoising losses of held-out samples.
+
+    Attributes:
+        sample_ids: S names; none where no sample is held out.
+        timesteps: T, evenly spaced.
+        losses: (S, T) float64 on the CPU.
+        num_train_timesteps: length of the noise schedule.
+    """
+
+    sample_ids: list[str]
+    timesteps: list[int]
+    losses: torch.Tensor
+    num_train_timesteps: int
+
+    def summary(self) -> dict[str, float]:
+        """``validation_loss``, the mean over everything, and that of each quarter of the noise schedule.
+
+        A quarter is named by its timesteps, ``validation_loss_t0_249``; one without a timestep is
+        left out. Empty if no sample is held out.
+        """
+        if not self.sample_ids:
+            return {}
+        means = {"validation_loss": _mean(self.losses)}
+        for first, last, columns in self.bins():
+            means[f"validation_loss_t{first}_{last}"] = _mean(self.losses[:, columns])
+        return means
+
+    def bins(self) -> Iterator[tuple[int, int, list[int]]]:
+        """First and last timestep of each quarter, and the columns of ``losses`` that lie in it."""
+        edges = [self.num_train_timesteps * part // NUM_BINS for part in range(NUM_BINS + 1)]
+        for start, stop in itertools.pairwise(edges):
+            columns = [index for index, timestep in enumerate(self.timesteps) if start <= timestep < stop]
+            if columns:
+                yield start, stop - 1, columns
+
 
 def evenly_spaced_timesteps(num_timesteps: int, num_train_timesteps: int) -> list[int]:
     """Midpoints of ``num_timesteps`` equal parts of the noise schedule."""
@@ -23,7 +65,7 @@ def evenly_spaced_timesteps(num_timesteps: int, num_train_timesteps: int) -> lis
 
 
 @torch.no_grad()
-def validation_loss(
+def validation_losses(
     forward: Callable[..., Any],
     scheduler: DDPMScheduler,
     latents: Latents,
@@ -31,20 +73,22 @@ def validation_loss(
     samples: list[SampleCaptions],
     options: Validation,
     device: torch.device,
-) -> dict[str, float]:
-    """Unweighted denoising loss on held-out samples, mean over samples and timesteps.
-
-    ``forward`` is that of a UNet2DConditionModel on ``device``.
+) -> HeldOutLosses:
+    """The loss of every held-out sample at every timestep.
 
     Latents are the posterior's mode and the first caption is used; the noise is a function of
     (seed, sample_id, timestep), so two runs, or two sets of parameters, see the same problems.
 
-    Returns:
-        ``{"validation_loss": loss}``, or nothing if no sample is held out.
+    Args:
+        forward: that of a UNet2DConditionModel on ``device``.
+        scheduler: the noise schedule and what is predicted.
+        samples: of both splits; the first ``options.max_samples`` held-out ones are used.
     """
     held_out = [sample for sample in samples if sample.split == "validation"][: options.max_samples]
-    timesteps = evenly_spaced_timesteps(options.num_timesteps, scheduler.config.num_train_timesteps)
-    losses: list[float] = []
+    num_train_timesteps = scheduler.config.num_train_timesteps
+    timesteps = evenly_spaced_timesteps(options.num_timesteps, num_train_timesteps)
+    row_of = {sample.sample_id: row for row, sample in enumerate(held_out)}
+    losses = torch.zeros(len(held_out), len(timesteps), dtype=torch.float64)
     for batch in _batches_of_one_shape(held_out, latents, options.batch_size):
         rows = latents.rows([sample.sample_id for sample in batch])
         mean, logvar = latents.moments(rows, 0, device)  # (B, 4, h, w)
@@ -53,7 +97,7 @@ def validation_loss(
         )
         caption_rows = conditioning.rows([sample.captions[0] for sample in batch])
         encoder_hidden_states = conditioning.states(caption_rows, device)  # (B, 77, D)
-        for timestep in timesteps:
+        for column, timestep in enumerate(timesteps):
             noise = torch.stack(
                 [
                     torch.randn(
@@ -68,8 +112,13 @@ def validation_loss(
             noisy_latents = scheduler.add_noise(mode, noise, steps)
             target = denoising_target(scheduler, mode, noise, steps)
             model_pred = forward(noisy_latents, steps, encoder_hidden_states).sample
-            losses += sample_losses(model_pred, target).tolist()
-    return {"validation_loss": math.fsum(losses) / len(losses)} if losses else {}
+            found = sample_losses(model_pred, target).double().cpu()
+            losses[[row_of[sample.sample_id] for sample in batch], column] = found
+    return HeldOutLosses(list(row_of), timesteps, losses, num_train_timesteps)
+
+
+def _mean(losses: torch.Tensor) -> float:
+    return math.fsum(losses.flatten().tolist()) / losses.numel()
 
 
 def _batches_of_one_shape(

@@ -1,0 +1,60 @@
+"""What a run is made of: the lineage in its weights, and the fingerprint of its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from stages.lib.base_model import component_fingerprint, read_config
+from stages.lib.conditioning import Conditioning
+from stages.lib.latents import Latents
+from stages.lib.pairs import SampleCaptions
+from stages.lib.params import Params
+from stages.lib.stage_run import code_fingerprint
+from stages.lib.work import environment, fingerprint
+
+# Parameters of `train` that change no weight and no curve: a run goes on under another value of them.
+WITHOUT_EFFECT = ("checkpoint_every_steps", "export", "max_resident_bytes")
+
+
+def lineage_of(
+    params: Params,
+    base: Path,
+    prediction_type: str,
+    samples: list[SampleCaptions],
+    latents: Latents,
+    conditioning: Conditioning,
+) -> dict[str, str]:
+    """What the trained weights were made from, as texts; it travels in their safetensors metadata."""
+    sections = {"train": vars(params.train), "validation": vars(params.validation)}
+    return {
+        "base_unet": component_fingerprint(base / "unet"),
+        "scheduler": fingerprint(read_config(base / "scheduler" / "scheduler_config.json")),
+        "prediction_type": prediction_type,
+        "latents": latents.fingerprint,
+        "captions": conditioning.fingerprint,
+        "pairs": fingerprint([dataclasses.astuple(sample) for sample in samples]),
+        "params": json.dumps(sections, sort_keys=True),
+    }
+
+
+def run_fingerprint(lineage: dict[str, str], accelerator: Accelerator) -> str:
+    """Hash of everything that determines a run: its lineage, this code, and the machine it runs on."""
+    sections = json.loads(lineage["params"])
+    for name in WITHOUT_EFFECT:
+        del sections["train"][name]
+    return fingerprint([{**lineage, "params": sections}, _machine(accelerator), code_fingerprint()])
+
+
+def _machine(accelerator: Accelerator) -> dict[str, str | int]:
+    """What changes floating-point results, so that a checkpoint is resumed only where it was made."""
+    return {
+        **environment("diffusers", "accelerate", "transformers"),
+        "device": accelerator.device.type,
+        "num_threads": torch.get_num_threads(),
+        "num_processes": accelerator.num_processes,
+    }

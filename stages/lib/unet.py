@@ -1,0 +1,56 @@
+"""The UNet that is trained: as it is built, what of it is trained, and as it is exported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from stages.lib.base_model import load_unet
+from stages.lib.conditioning import Conditioning
+from stages.lib.errors import StageError
+from stages.lib.export import save_unet
+from stages.lib.latents import Latents
+from stages.lib.lora import add_lora, merge_lora, save_lora
+from stages.lib.params import Train
+from stages.lib.stage_run import write_json
+
+
+def build_unet(base: Path, options: Train) -> UNet2DConditionModel:
+    """The base's UNet on the CPU, float32, in training mode, with adapters where ``lora_rank`` asks."""
+    unet = load_unet(base).train()
+    if options.lora_rank is not None:
+        add_lora(unet, options.lora_rank, options.lora_alpha, options.lora_target_modules, options.seed)
+    if options.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
+
+
+def check_shapes(unet: UNet2DConditionModel, latents: Latents, conditioning: Conditioning) -> None:
+    """Raise StageError if the stores were not made for this UNet."""
+    width = conditioning.encoder_hidden_states.shape[2]
+    for store, got, expected in (
+        ("data/latents.zarr: channels", latents.num_channels, unet.config.in_channels),
+        ("data/captions.zarr: width", width, unet.config.cross_attention_dim),
+    ):
+        if got != expected:
+            raise StageError(f"{store} {got}, data/base/unet takes {expected}; run `dvc repro`")
+
+
+def trained(unet: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that require a gradient: all, or the adapters'."""
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def export_unet(
+    unet: UNet2DConditionModel, path: Path, scheduler: Mapping[str, Any], lineage: dict[str, str]
+) -> None:
+    """Write the whole UNet, the config of the scheduler to sample it with, and adapters where it has any."""
+    has_adapters = bool(getattr(unet, "peft_config", None))
+    save_unet(merge_lora(unet) if has_adapters else unet, path, lineage)
+    write_json(path / "scheduler_config.json", dict(scheduler))
+    if has_adapters:
+        save_lora(unet, path, lineage)

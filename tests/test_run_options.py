@@ -1,0 +1,426 @@
+"""Options of a training run, end to end: each changes what it should and nothing else."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from stages import train
+from stages.lib.batches import draw_batch, training_set
+from stages.lib.checkpoint import Checkpoints
+from stages.lib.conditioning import read_conditioning
+from stages.lib.draws import generator
+from stages.lib.errors import StageError
+from stages.lib.export import read_lineage
+from stages.lib.feed import Feed
+from stages.lib.history import History
+from stages.lib.latents import read_latents
+from stages.lib.memory_advice import memory_advice
+from stages.lib.pairs import read_captions
+from stages.lib.params import read_params
+from tests.conftest import REPOSITORY, content_fingerprint, run_train, write_params
+
+WEIGHTS = Path("data/unet/diffusion_pytorch_model.safetensors")
+
+
+def outputs() -> str:
+    return content_fingerprint(Path("data/unet")) + content_fingerprint(Path("data/training"))
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return load_file(WEIGHTS)
+
+
+def curve(name: str) -> dict[int, float]:
+    lines = Path(f"data/training/plots/metrics/{name}.tsv").read_text().splitlines()[1:]
+    return {int(step): float(value) for step, value in (line.split("\t") for line in lines)}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments, "stages.train"]
+
+
+def run_process(work: str, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SD_WORK": work}
+    done = subprocess.run(
+        command(*arguments, "-m"), env=environment, check=True, capture_output=True, text=True
+    )
+    return done.stderr
+
+
+# --- feeding
+
+
+def test_data_read_from_disk_gives_the_run_of_data_in_memory(encoded):
+    run_train()
+    resident = weights()
+    shutil.rmtree(".work/train")
+    run_train(max_resident_bytes=0)
+    assert all(torch.equal(value, resident[name]) for name, value in weights().items())
+    assert curve("validation_loss")
+
+
+def test_more_memory_is_no_other_run(encoded, monkeypatch):
+    run_train()
+    monkeypatch.setattr(train, "train_step", None)
+    run_train(max_resident_bytes=0, checkpoint_every_steps=5)
+    assert len(list(Path(".work/train").iterdir())) == 1
+
+
+def test_the_feed_is_in_order_ahead_and_passes_errors_on():
+    made = []
+
+    def parts_of(step: int) -> list[int]:
+        if step == 4:
+            raise StageError("no step 4")
+        made.append(step)
+        return [step * 10]
+
+    seen = []
+    feed = Feed(parts_of, range(1, 9))
+    with pytest.raises(StageError, match="no step 4"):
+        for step, parts in feed:
+            seen.append((step, parts))
+    assert seen == [(1, [10]), (2, [20]), (3, [30])]
+    assert made == [1, 2, 3, *range(5, len(made) + 2)]
+    assert feed.wait_seconds > 0
+
+
+# --- stopping and going on
+
+
+def test_a_stopped_process_goes_on_to_the_same_bytes(encoded):
+    write_params(train={"max_train_steps": 30, "checkpoint_every_steps": 5, "validation_every_steps": 10})
+    run_process("undisturbed")
+    undisturbed = outputs()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        work = f"stopped-by-{number}"
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SD_WORK": work}
+        process = subprocess.Popen(command("-m"), env=environment, stderr=subprocess.DEVNULL)
+        while not list(Path(work).rglob("step-*.pt")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(number)
+        assert process.wait() != 0
+        shutil.rmtree("data/training")  # as DVC does when the stage starts again
+        assert "resuming at step" in run_process(work)
+        assert outputs() == undisturbed
+
+
+def two_processes(work: str) -> str:
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    return run_process(work, *launcher)
+
+
+def test_two_processes_take_the_draws_of_one_and_agree_to_rounding(encoded):
+    write_params(train={"checkpoint_every_steps": 6, "use_ema": False})
+    run_process("one")
+    alone, losses = weights(), curve("train_loss")
+    validation = curve("validation_loss")
+    two_processes("two")
+    base = load_file("data/base/unet/diffusion_pytorch_model.safetensors")
+    moved = max((alone[name] - base[name]).abs().max() for name in alone)
+    apart = max((alone[name] - value).abs().max() for name, value in weights().items())
+    assert apart < 0.02 * moved
+    assert curve("train_loss") == pytest.approx(losses, rel=1e-4)
+    assert curve("validation_loss") == pytest.approx(validation, rel=1e-4)
+
+
+def test_two_processes_draw_disjoint_halves_of_the_batch_of_one(encoded):
+    options = write_params().train
+    latents, conditioning = read_latents(), read_conditioning()
+    data = training_set(read_captions(Path("data/pairs/captions.parquet")), latents, conditioning)
+    batch = draw_batch(data, options, 3, 1000)
+    halves = [batch.part(index, 2) for index in range(2)]
+    for name, whole in vars(batch).items():
+        assert torch.equal(torch.cat([getattr(half, name) for half in halves]), whole), name
+
+
+def test_two_processes_resume_bit_for_bit(encoded):
+    write_params(train={"max_train_steps": 12, "checkpoint_every_steps": 4, "validation_every_steps": 6})
+    two_processes("undisturbed")
+    undisturbed = outputs()
+    two_processes("stopped")
+    (directory,) = Path("stopped/train").iterdir()
+    (directory / "step-00000012.pt").unlink()
+    assert "resuming at step 8" in two_processes("stopped")
+    assert outputs() == undisturbed
+
+
+# --- length of the run
+
+
+def test_epochs_are_counted_in_batches(encoded):
+    run_train(max_train_steps=None, num_train_epochs=3, lr_warmup_steps=0)
+    num_samples = sum(s.split == "train" for s in read_captions(Path("data/pairs/captions.parquet")))
+    assert max(curve("lr")) == 3 * num_samples // 4
+
+
+def points(*losses: float) -> list[tuple[int, dict[str, float]]]:
+    return [(10 * (index + 1), {"validation_loss": loss}) for index, loss in enumerate(losses)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "best", "stalled"),
+    [
+        ((), 1, None, False),
+        ((3.0, 2.0, 1.0), 1, 30, False),
+        ((3.0, 2.0, 2.0), 1, 20, True),
+        ((3.0, 1.0, 2.0, 1.5), 2, 20, True),
+        ((3.0, 1.0, 2.0, 1.5), 3, 20, False),
+        ((3.0, 1.0, 2.0, 1.5), None, 20, False),
+    ],
+)
+def test_best_step_and_stall(losses, patience, best, stalled, tmp_path):
+    history = History(tmp_path, points(*losses), enabled=False)
+    assert history.best_step == best
+    assert history.has_stalled(patience) is stalled
+
+
+def scripted_losses(monkeypatch, *losses: float) -> None:
+    """Validation losses of a run, in turn."""
+    script = iter(losses)
+
+    class Scripted:
+        def summary(self) -> dict[str, float]:
+            return {"validation_loss": next(script)}
+
+    monkeypatch.setattr(train, "validation_losses", lambda *arguments: Scripted())
+
+
+def test_early_stopping_ends_the_run_and_stays_ended(encoded, monkeypatch):
+    scripted_losses(monkeypatch, 3.0, 2.0, 2.5, 2.2)
+    run_train(max_train_steps=20, validation_every_steps=2, early_stopping_patience=2)
+    assert max(curve("train_loss")) == 8
+    stopped = outputs()
+    run_train(max_train_steps=20, validation_every_steps=2, early_stopping_patience=2)  # no loss is left
+    assert outputs() == stopped
+
+
+def test_the_best_weights_are_those_of_the_best_step(encoded, monkeypatch):
+    write_params(train={"validation_every_steps": 2, "lr_scheduler": "constant"})
+    scripted_losses(monkeypatch, 3.0, 1.0, 2.0)
+    run_train()
+    last = weights()
+    monkeypatch.setattr(train, "train_step", None)  # the best is kept beside the last: nothing is trained
+    run_train(export="best")
+    best = weights()
+    assert any(not torch.equal(best[name], last[name]) for name in last)
+    assert json.loads(read_lineage(Path("data/unet"))["params"])["train"]["export"] == "best"
+    monkeypatch.undo()
+    monkeypatch.chdir(encoded)
+    monkeypatch.setenv("SD_WORK", str(encoded / ".work"))
+    scripted_losses(monkeypatch, 3.0, 1.0)
+    run_train(max_train_steps=4)
+    assert all(torch.equal(value, best[name]) for name, value in weights().items())
+
+
+def test_a_lost_best_is_an_error_with_a_remedy(encoded, monkeypatch):
+    run_train()
+    (best,) = Path(".work/train").rglob("best.pt")
+    best.write_bytes(best.read_bytes()[:500])
+    with pytest.raises(StageError, match=r"best\.pt: cannot be read .*remove .* and run `dvc repro train`"):
+        run_train(export="best")
+
+
+# --- what is trained and exported
+
+
+def test_live_weights_or_the_average_are_exported_and_validated(encoded):
+    run_train(use_ema=False)
+    live, live_losses = weights(), curve("validation_loss")
+    run_train(export_ema=False)
+    assert all(torch.equal(value, live[name]) for name, value in weights().items())
+    assert curve("validation_loss") != live_losses
+    run_train(validate_ema=False)
+    assert curve("validation_loss") == live_losses
+    assert any(not torch.equal(value, live[name]) for name, value in weights().items())
+
+
+def test_adapters_train_alone_and_load_into_a_stock_pipeline(encoded):
+    base = load_file("data/base/unet/diffusion_pytorch_model.safetensors")
+    run_train(lora_rank=2, lora_alpha=4, learning_rate=1e-2)
+    merged = weights()
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed
+    assert all(
+        name.endswith(("to_k.weight", "to_q.weight", "to_v.weight", "to_out.0.weight")) for name in changed
+    )
+    with safe_open("data/unet/pytorch_lora_weights.safetensors", "pt") as file:
+        assert all(".lora_" in name for name in file.keys())  # noqa: SIM118 - no mapping
+    pipeline = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
+    pipeline.load_lora_weights("data/unet")
+    pipeline.fuse_lora()
+    fused = pipeline.unet
+    fused.unload_lora()
+    for name, value in fused.state_dict().items():
+        torch.testing.assert_close(value, merged[name], rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_resume_bit_for_bit(encoded):
+    changes = {"lora_rank": 2, "learning_rate": 1e-2}
+    run_train(**changes)
+    whole = outputs()
+    (directory,) = Path(".work/train").iterdir()
+    (directory / "step-00000006.pt").unlink()
+    assert (directory / "step-00000004.pt").stat().st_size < WEIGHTS.stat().st_size / 2  # adapters alone
+    run_train(**changes)
+    assert outputs() == whole
+
+
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"optimizer": "adafactor"}])
+def test_other_ways_to_train(encoded, change):
+    run_train()
+    plain, loss = weights(), curve("train_loss")
+    run_train(**change)
+    assert curve("train_loss")[1] == pytest.approx(loss[1], rel=1e-6)
+    difference = max((plain[name] - value).abs().max() for name, value in weights().items())
+    assert difference < 1e-6 if "gradient_checkpointing" in change else difference > 1e-6
+
+
+def test_the_scheduler_to_sample_with_is_exported(encoded):
+    run_train(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    scheduler = DDIMScheduler.from_pretrained("data/unet")
+    config = json.loads(Path("data/unet/scheduler_config.json").read_text())
+    assert config["_class_name"] == "DDIMScheduler"
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.config.timestep_spacing == "trailing"
+    assert scheduler.alphas_cumprod[-1] == 0
+    UNet2DConditionModel.from_pretrained("data/unet")  # the file beside it is no obstacle
+
+
+def test_zero_terminal_snr_is_refused_for_noise_prediction(encoded):
+    with pytest.raises(StageError, match="epsilon"):
+        run_train(rescale_betas_zero_snr=True)
+
+
+# --- what is shown
+
+
+def test_validation_losses_of_the_quarters_average_to_the_whole(encoded):
+    write_params(validation={"num_timesteps": 8})
+    run_train()
+    quarters = [curve(f"validation_loss_t{first}_{first + 249}") for first in (0, 250, 500, 750)]
+    whole = curve("validation_loss")
+    for step in whole:
+        assert sum(quarter[step] for quarter in quarters) / 4 == pytest.approx(whole[step], rel=1e-6)
+    assert len({quarter[6] for quarter in quarters}) == 4
+
+
+def test_weighted_loss_is_what_min_snr_minimises(encoded):
+    run_train()
+    assert curve("weighted_loss") == curve("train_loss")
+    run_train(snr_gamma=1.0)
+    raw, weighted = curve("train_loss"), curve("weighted_loss")
+    assert all(weighted[step] < raw[step] for step in raw)
+
+
+def test_previews_start_at_the_base_and_survive_a_kill(encoded):
+    run_train()
+    directory = Path("data/training/previews")
+    assert sorted(path.name for path in directory.iterdir()) == [
+        f"step-{step:08d}.safetensors" for step in (0, 3, 6)
+    ]
+    with safe_open(directory / "step-00000003.safetensors", "pt") as file:
+        assert len(json.loads(file.metadata()["captions"])) == 2
+        assert file.metadata()["global_step"] == "3"
+        first = file.get_tensor("latents")
+    assert first.shape[:2] == (2, 4)
+    assert not torch.equal(first, load_file(directory / "step-00000000.safetensors")["latents"])
+    whole = outputs()
+    (run,) = Path(".work/train").iterdir()
+    (run / "step-00000006.pt").unlink()
+    shutil.rmtree("data/training")
+    run_train()
+    assert outputs() == whole
+    run_train(preview_every_steps=None)
+    assert not list(directory.iterdir())
+
+
+def test_a_preview_is_what_a_stock_pipeline_draws(encoded):
+    run_train(max_train_steps=1, lr_warmup_steps=0)
+    latents = load_file("data/training/previews/step-00000000.safetensors")["latents"]
+    with safe_open("data/training/previews/step-00000000.safetensors", "pt") as file:
+        captions = json.loads(file.metadata()["captions"])
+    conditioning, options = read_conditioning(), read_params().train
+    pipeline = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+
+    noise = [
+        torch.randn(latents.shape[1:], generator=generator(options.seed, "preview", i)) for i in range(2)
+    ]
+    expected = pipeline(
+        prompt_embeds=conditioning.states(conditioning.rows(captions), torch.device("cpu")),
+        negative_prompt_embeds=conditioning.states(conditioning.rows(["", ""]), torch.device("cpu")),
+        latents=torch.stack(noise),
+        guidance_scale=options.preview_guidance_scale,
+        num_inference_steps=25,
+        output_type="latent",
+        height=64,
+        width=64,
+    ).images
+    torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_speed_is_told_outside_the_outputs(encoded):
+    run_train(max_train_steps=9)
+    speed = json.loads(Path("data/training_speed.json").read_text())
+    assert speed["images_per_second"] > 0
+    assert 0 <= speed["data_wait_fraction"] < 1
+    assert speed["peak_memory_bytes"] > 2**20
+
+
+# --- what goes wrong
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+        MemoryError("unable to allocate"),
+    ],
+)
+def test_out_of_memory_ends_with_advice_and_keeps_the_checkpoint(encoded, monkeypatch, error):
+    step, calls = train.train_step, []
+
+    def full(*arguments):
+        calls.append(None)
+        if len(calls) == 4:
+            raise error
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", full)
+    with pytest.raises(StageError) as found:
+        run_train()
+    message = str(found.value)
+    assert "train.train_batch_size 4 in 1 part(s)" in message
+    assert "gradient_accumulation_steps to 2" in message
+    assert "gradient_checkpointing to true" in message
+    assert "last good checkpoint: " in message
+    assert "step-00000002.pt" in message
+
+
+def test_other_errors_are_no_matter_of_memory(tmp_path):
+    options = read_params(REPOSITORY / "params.yaml").train
+    with pytest.raises(RuntimeError, match="shape"), memory_advice(options, Checkpoints(tmp_path, "f" * 64)):
+        raise RuntimeError("shape mismatch")
+
+
+def test_a_base_that_predicts_samples_is_trained_as_such(encoded):
+    path = Path("data/base/scheduler/scheduler_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
+    run_train(max_train_steps=1, lr_warmup_steps=0)
+    assert read_lineage(Path("data/unet"))["prediction_type"] == "sample"
