@@ -28,7 +28,7 @@ from stages.lib.latents import read_latents
 from stages.lib.memory_advice import memory_advice
 from stages.lib.pairs import read_captions
 from stages.lib.params import read_params
-from tests.conftest import REPOSITORY, content_fingerprint, run_train, write_params
+from tests.conftest import REPOSITORY, content_fingerprint, run_encoders, run_train, write_params
 
 WEIGHTS = Path("data/unet/diffusion_pytorch_model.safetensors")
 
@@ -231,6 +231,14 @@ def test_a_lost_best_is_an_error_with_a_remedy(encoded, monkeypatch):
     best.write_bytes(best.read_bytes()[:500])
     with pytest.raises(StageError, match=r"best\.pt: cannot be read .*remove .* and run `dvc repro train`"):
         run_train(export="best")
+
+
+def test_without_held_out_samples_there_is_no_best(encoded):
+    run_encoders(write_params(prepare={"source": "images", "validation_fraction": 0.0}))
+    with pytest.raises(StageError, match="export best needs held-out samples"):
+        run_train(export="best")
+    run_train()  # nothing is trained twice
+    assert not Path("data/training/plots/metrics/validation_loss.tsv").exists()
 
 
 # --- what is trained and exported

@@ -117,8 +117,14 @@ class Checkpoints:
         """The weights of `save_best`.
 
         Raises:
-            StageError: if they cannot be read, or are those of another step than ``global_step``.
+            StageError: if there are none because no sample is held out (``global_step`` is None), if
+                they cannot be read, or are those of another step than ``global_step``.
         """
+        if global_step is None:
+            raise StageError(
+                "params.yaml: train.export best needs held-out samples, there are none; "
+                "set prepare.validation_fraction above 0, or train.export to last"
+            )
         try:
             best = torch.load(self._best, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises a dozen types for a damaged archive
