@@ -127,7 +127,9 @@ def main(params: Params) -> None:
 
     unchecked: list[StepLosses] = []
     stop = history.has_stalled(options.early_stopping_patience)
-    feed = Feed(parts_of, range(resumed.global_step, resumed.global_step if stop else max_train_steps))
+    feed = Feed(
+        parts_of, range(resumed.global_step, resumed.global_step if stop else max_train_steps), device
+    )
     size, speed = options.train_batch_size, Speed(options.train_batch_size, device)
     progress = progress_bar("train", "images", max_train_steps * size, resumed.global_step * size, is_main)
     if options.preview_every_steps is not None:

@@ -148,3 +148,18 @@ def test_turns_of_a_bucket_count_up_by_one():
             bucket, turn = bucket_turn(sizes, 8, 0, step)
             assert turn == next_turn[bucket]
             next_turn[bucket] += 1
+
+
+def test_noise_offset_moves_each_channel_of_target_and_input():
+    plain, offset = draw(0), draw(0, noise_offset=0.5)
+    shift = offset.noise - plain.noise  # (B, 4, h, w)
+    torch.testing.assert_close(shift, shift.mean(dim=(2, 3), keepdim=True).expand_as(shift))
+    assert shift.std() > 0.1
+    assert torch.equal(offset.input_noise, offset.noise)
+    assert torch.equal(plain.input_noise, plain.noise)
+
+
+def test_stratified_timesteps_fall_one_into_each_part_of_the_schedule():
+    parts = (draw(0, timestep_sampling="stratified").timesteps * 8 // 1000).tolist()
+    assert sorted(parts) == list(range(8))
+    assert sorted((draw(0).timesteps * 8 // 1000).tolist()) != list(range(8))

@@ -22,7 +22,7 @@ from stages.lib.conditioning import read_conditioning
 from stages.lib.draws import generator
 from stages.lib.errors import StageError
 from stages.lib.export import read_lineage
-from stages.lib.feed import Feed
+from stages.lib.feed import NUM_AHEAD, Feed
 from stages.lib.history import History
 from stages.lib.latents import read_latents
 from stages.lib.memory_advice import memory_advice
@@ -77,7 +77,8 @@ def test_more_memory_is_no_other_run(encoded, monkeypatch):
     assert len(list(Path(".work/train").iterdir())) == 1
 
 
-def test_the_feed_is_in_order_ahead_and_passes_errors_on():
+@pytest.mark.parametrize(("device", "num_ahead"), [("cpu", 0), ("cuda", NUM_AHEAD)])
+def test_the_feed_is_in_order_ahead_and_passes_errors_on(device, num_ahead):
     made = []
 
     def parts_of(step: int) -> list[int]:
@@ -87,12 +88,12 @@ def test_the_feed_is_in_order_ahead_and_passes_errors_on():
         return [step * 10]
 
     seen = []
-    feed = Feed(parts_of, range(1, 9))
+    feed = Feed(parts_of, range(1, 9), torch.device(device))
     with pytest.raises(StageError, match="no step 4"):
         for step, parts in feed:
             seen.append((step, parts))
     assert seen == [(1, [10]), (2, [20]), (3, [30])]
-    assert made == [1, 2, 3, *range(5, len(made) + 2)]
+    assert made == [1, 2, 3, *range(5, 5 + num_ahead)]
     assert feed.wait_seconds > 0
 
 

@@ -1,4 +1,4 @@
-"""What each training step takes, made ready by a thread while the step before it runs."""
+"""What each training step takes; a thread makes it ready while a GPU computes the step before."""
 
 from __future__ import annotations
 
@@ -59,16 +59,28 @@ class Feed:
     """Iterates over (global_step, its parts); `wait_seconds` is how long training stood still for them.
 
     Args:
-        parts_of: makes the parts of a step; called in another thread, in the order of the steps.
+        parts_of: makes the parts of a step; called in the order of the steps.
         steps: to run.
+        device: that trains. A CPU makes its own parts: a second thread would only take its cores.
     """
 
-    def __init__(self, parts_of: Callable[[int], list[Part]], steps: range) -> None:
+    def __init__(self, parts_of: Callable[[int], list[Part]], steps: range, device: torch.device) -> None:
         self.wait_seconds = 0.0
         self._parts_of = parts_of
         self._steps = steps
+        self._iterate = self._in_turn if device.type == "cpu" else self._ahead
 
     def __iter__(self) -> Iterator[tuple[int, list[Part]]]:
+        return self._iterate()
+
+    def _in_turn(self) -> Iterator[tuple[int, list[Part]]]:
+        for global_step in self._steps:
+            started = time.monotonic()
+            parts = self._parts_of(global_step)
+            self.wait_seconds += time.monotonic() - started
+            yield global_step, parts
+
+    def _ahead(self) -> Iterator[tuple[int, list[Part]]]:
         ahead: deque[Future[list[Part]]] = deque()
         upcoming = iter(self._steps)
         with ThreadPoolExecutor(max_workers=1) as thread:

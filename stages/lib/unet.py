@@ -22,6 +22,8 @@ from stages.lib.stage_run import write_json
 def build_unet(base: Path, options: Train) -> UNet2DConditionModel:
     """The base's UNet on the CPU, float32, in training mode, with adapters where ``lora_rank`` asks."""
     unet = load_unet(base).train()
+    for parameter in unet.parameters():  # as loaded, weights are pages of their file, copied when written
+        parameter.data = parameter.data.clone()
     if options.lora_rank is not None:
         add_lora(unet, options.lora_rank, options.lora_alpha, options.lora_target_modules, options.seed)
     if options.gradient_checkpointing:
