@@ -1,0 +1,100 @@
+"""Write one self-contained page about several runs side by side.
+
+`python -m stages.compare REV [REV ...] [--out PATH]`, where REV is a branch, a tag, a commit, the
+name of a DVC experiment, or `workspace`. Nothing is checked out: outputs are read from DVC's cache,
+or from the remote where one is set up.
+
+Reads  what `python -m stages.gallery` reads, of each revision
+Writes data/comparison.html, or --out
+Params none
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dvc.api import DVCFileSystem
+from dvc.exceptions import DvcException, NotDvcRepoError
+from dvc.repo import Repo
+from dvc.scm import RevError
+from dvc_data.index import DataIndexDirError
+
+from stages.lib.errors import StageError
+from stages.lib.full_disk import describe_full_disk
+from stages.lib.gallery_run import MissingOutput, Run, read_run
+from stages.lib.page import render_page
+
+WORKSPACE = "workspace"
+LOST = (
+    "dvc.lock lists it, but neither the cache nor a remote has it; run `dvc fetch --all-commits` where "
+    "a remote has it, else the experiment again with `dvc exp run`"
+)
+
+
+def main(revisions: list[str], output: Path) -> None:
+    """Read the runs in the order they were named, each once, and write their page.
+
+    Raises:
+        StageError: this is no DVC repository, a revision is unknown, or lacks an output.
+    """
+    root = find_repository()
+    runs = [read_revision(root, revision) for revision in dict.fromkeys(revisions)]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(render_page(runs), encoding="utf-8")
+
+
+def find_repository() -> str:
+    """Root of the DVC repository around the current directory."""
+    try:
+        return Repo.find_root()
+    except NotDvcRepoError as error:
+        raise StageError(
+            f"{Path.cwd()}: not in a DVC repository; run from a clone of this project"
+        ) from error
+
+
+def read_revision(root: str, revision: str) -> Run:
+    """The run of one revision."""
+    files = DVCFileSystem(root, rev=None if revision == WORKSPACE else revision)
+    try:
+        commit = "" if revision == WORKSPACE else files.repo.get_rev()
+        return read_run(files, revision, commit)
+    except RevError as error:
+        raise StageError(f"{revision}: no such revision; {describe_known(root)}") from error
+    except MissingOutput as error:
+        reason = f"{error.path}: {LOST}" if files.isdvc(error.path) else error
+        raise StageError(f"{revision}: {reason}") from error
+    except DataIndexDirError as error:
+        raise StageError(f"{revision}: {error}: {LOST}") from error
+    except (DvcException, StageError) as error:
+        raise StageError(f"{revision}: {error}") from error
+    finally:
+        files.close()
+
+
+def describe_known(root: str) -> str:
+    """Names that may be compared."""
+    with Repo(root) as repo:
+        found = repo.experiments.ls(all_commits=True)
+        branches = sorted(repo.scm.list_branches())
+    experiments = sorted({name for listed in found.values() for name, _ in listed})
+    return f"experiments: {', '.join(experiments) or 'none'}; branches: {', '.join(branches)}; or {WORKSPACE}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m stages.compare", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "revisions", metavar="REV", nargs="+", help="branch, commit, experiment, or workspace"
+    )
+    parser.add_argument("--out", type=Path, default=Path("data/comparison.html"), help="default: %(default)s")
+    arguments = parser.parse_args()
+    try:
+        main(arguments.revisions, arguments.out)
+    except Exception as error:
+        message = describe_full_disk(error) or (str(error) if isinstance(error, StageError) else None)
+        if message is None:
+            raise
+        sys.exit(f"\ncompare: {message}")
+    print(arguments.out)

@@ -1,0 +1,43 @@
+"""Write one self-contained page about the run: pictures side by side, metrics, curves, lineage.
+
+Reads  data/evaluation, data/baseline, data/training/plots, data/unet, data/encode_images_report,
+       data/pairs/rejected.jsonl, params.yaml; of dvc.lock the stages upstream of evaluate
+Writes data/evaluation/index.html
+Params all sections, to print them
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fsspec.implementations.dirfs import DirFileSystem
+
+from stages.lib.gallery_run import read_run
+from stages.lib.page import render_page
+from stages.lib.params import Params
+from stages.lib.stage_run import run_stage
+
+PAGE = Path("data/evaluation/index.html")
+
+
+def main(params: Params) -> None:
+    files = DirFileSystem(Path.cwd().as_posix(), target_protocol="file")
+    page = render_page([read_run(files, "this run")])
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_stage(
+        "gallery",
+        (
+            "fetch_base",
+            "prepare",
+            "tokenize",
+            "encode_captions",
+            "encode_images",
+            "train",
+            "validation",
+            "evaluate",
+        ),
+        main,
+    )
