@@ -1,5 +1,6 @@
 """Options of a training run, end to end: each changes what it should and nothing else."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from stages.lib.latents import read_latents
 from stages.lib.memory_advice import memory_advice
 from stages.lib.pairs import read_captions
 from stages.lib.params import read_params
+from stages.lib.unet import build_unet
 from tests.conftest import REPOSITORY, content_fingerprint, run_encoders, run_train, write_params
 
 WEIGHTS = Path("data/unet/diffusion_pytorch_model.safetensors")
@@ -285,6 +287,13 @@ def test_adapters_resume_bit_for_bit(encoded):
     assert (directory / "step-00000004.pt").stat().st_size < WEIGHTS.stat().st_size / 2  # adapters alone
     run_train(**changes)
     assert outputs() == whole
+
+
+def test_activations_are_computed_again_only_if_asked_for(encoded):
+    options = read_params().train
+    assert not build_unet(Path("data/base"), options).is_gradient_checkpointing
+    options = dataclasses.replace(options, gradient_checkpointing=True)
+    assert build_unet(Path("data/base"), options).is_gradient_checkpointing
 
 
 @pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"optimizer": "adafactor"}])

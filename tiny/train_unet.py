@@ -148,7 +148,7 @@ class TrainingData:
     style_dropout: float
 
     def draw(
-        self, batch_size: int, generator: torch.Generator
+        self, batch_size: int, min_timestep: int, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """latents, noise (B, 4, 16, 16), timesteps (B,) and encoder_hidden_states (B, 77, D)."""
         pick = self.rows[torch.randint(len(self.rows), (batch_size,), generator=generator)]
@@ -157,7 +157,7 @@ class TrainingData:
         )
         latents = (sampled * self.scaling_factor).contiguous(memory_format=torch.channels_last)
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, (batch_size,), generator=generator)
+        timesteps = torch.randint(min_timestep, NUM_TRAIN_TIMESTEPS, (batch_size,), generator=generator)
         choice = torch.rand(batch_size, generator=generator).tolist()
         captions = [self.caption(index, u) for index, u in zip(pick.tolist(), choice, strict=True)]
         return latents, noise, timesteps, self.embeddings[[self.caption_row[text] for text in captions]]
@@ -201,7 +201,9 @@ def train_round(
     loss = torch.tensor(0.0)
     while step < steps:
         generator = step_generator(params["seed"], first_step + step)
-        latents, noise, timesteps, encoder_hidden_states = data.draw(params["batch_size"], generator)
+        latents, noise, timesteps, encoder_hidden_states = data.draw(
+            params["batch_size"], this["min_timestep"], generator
+        )
         noisy_latents = scheduler.add_noise(latents, noise, timesteps)
         model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
         weights = loss_weights(scheduler.alphas_cumprod[timesteps], params["snr_gamma"], this["loss"])
