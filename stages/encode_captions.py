@@ -21,7 +21,7 @@ from stages.lib.base_model import BASE, component_fingerprint, read_config
 from stages.lib.encoding import Encoder, Item, encode_missing, processes
 from stages.lib.errors import StageError
 from stages.lib.params import EncodeCaptions, Params
-from stages.lib.stage_run import run_stage, work_root, write_json
+from stages.lib.stage_run import leave_out, run_stage, work_root, write_json
 from stages.lib.stores import (
     ArraySpec,
     create_store,
@@ -146,5 +146,7 @@ def mean_and_std(arrays: Iterable[np.ndarray]) -> dict[str, float]:
     return {"embedding_mean": mean, "embedding_std": math.sqrt(max(0.0, squares / count - mean**2))}
 
 
+if __name__ in ("__main__", "__mp_main__"):  # the stage, or a process that it started
+    leave_out("peft", "scipy", "sklearn")
 if __name__ == "__main__":
     run_stage("encode_captions", ("encode_captions",), main, distributed=True)

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.lib.autoencoder import build_encoder, build_reconstructor
-from stages.lib.base_model import component_fingerprint, load_vae
+from stages.lib.autoencoder import build_encoder
+from stages.lib.base_model import component_fingerprint, read_vae_config
 from stages.lib.encoding import Encoder, Item, encode_missing, processes
 from stages.lib.encoding_report import (
     REPORT,
@@ -35,10 +35,11 @@ from stages.lib.encoding_report import (
 from stages.lib.errors import StageError
 from stages.lib.framing import FramedImage, Framing, LeftOut, Size, allowed_sizes, frame_images, view_names
 from stages.lib.latents import LATENTS, channel_statistics
-from stages.lib.pairs import image_index, iter_images, read_images
+from stages.lib.pairs import image_index, read_images, scan_images
 from stages.lib.params import EncodeImages, Params
 from stages.lib.pixels import load_pixels
-from stages.lib.stage_run import fresh_directory, run_stage, work_root, write_json
+from stages.lib.reconstruction import BATCH_SIZE, build_reconstructor
+from stages.lib.stage_run import fresh_directory, leave_out, run_stage, work_root, write_json
 from stages.lib.stores import ArraySpec, create_store, finish_store, iter_array, verify_store, write_rows
 from stages.lib.work import Row, WorkStore, environment, source_fingerprint
 
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 def main(params: Params) -> None:
     options = params.encode_images
-    vae_config = load_vae(BASE).config
+    vae_config = read_vae_config(BASE)
     sizes = allowed_sizes(options)
     check_sizes(sizes, downsampling(vae_config))
     images, left_out = frame_images(image_index(IMAGES), sizes, options)
@@ -61,26 +62,31 @@ def main(params: Params) -> None:
         "dtype": options.dtype,
         "batch_size": options.batch_size,
         "code": source_fingerprint(build_encoder, load_pixels),
-        **environment("diffusers", "pillow", "scikit-image"),
+        **environment("diffusers", "pillow"),
     }
     moments = WorkStore(work_root(), "encode_images", recipe)
     encode(moments, images, options)
     checked = fixed_sample(images, options.num_reconstructions)
-    decoded = WorkStore(work_root(), "reconstruct_images", recipe)
+    judged = {
+        "moments": recipe,
+        "code": source_fingerprint(build_reconstructor),
+        **environment("scikit-image"),
+    }
+    decoded = WorkStore(work_root(), "reconstruct_images", judged)
     reconstruct(decoded, moments, checked, options)
     if not processes().is_main_process:
         return
 
     attributes = {
-        "scaling_factor": vae_config.scaling_factor,
-        "shift_factor": getattr(vae_config, "shift_factor", None),
+        "scaling_factor": vae_config["scaling_factor"],
+        "shift_factor": vae_config["shift_factor"],
         "resolution": options.resolution,
         "views": view_names(options),
         "left_out": [image.sample_id for image in left_out],
         "model_fingerprint": recipe["model"],
     }
     groups = by_shape(images, options)
-    write_latents(moments, groups, attributes, downsampling(vae_config), vae_config.latent_channels)
+    write_latents(moments, groups, attributes, downsampling(vae_config), vae_config["latent_channels"])
     store = verify_store(LATENTS, "encode_images")
     reconstructions = read_reconstructions(decoded, checked)
     write_report(groups, left_out, reconstructions, options)
@@ -106,9 +112,9 @@ def check_sizes(sizes: list[Size], factor: int) -> None:
             )
 
 
-def downsampling(vae_config: Any) -> int:
+def downsampling(vae_config: dict[str, Any]) -> int:
     """Pixels a latent, along each side."""
-    return 2 ** (len(vae_config.block_out_channels) - 1)
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
 def check_left_out(images: list[FramedImage], left_out: list[LeftOut]) -> None:
@@ -129,7 +135,7 @@ def encode(moments: WorkStore, images: list[FramedImage], options: EncodeImages)
 
     def items(missing: set[str]) -> Iterator[Item]:
         wanted = {image.sample_id for image in images if not missing.isdisjoint(image.keys)}
-        for sample_id, content in iter_images(IMAGES, wanted):
+        for sample_id, content in scan_images(IMAGES, wanted):
             image = image_of[sample_id]
             for key, view, name in zip(image.keys, image.views, names, strict=True):
                 yield Item(key, f"{sample_id} ({name})", (content, view), image.size)
@@ -154,7 +160,7 @@ def reconstruct(
             yield Item(image.keys[0], image.sample_id, value, image.size)
 
     load = functools.partial(load_view_and_mean, options)
-    encoder = Encoder(load, build_reconstructor, options.batch_size, options.dtype)
+    encoder = Encoder(load, build_reconstructor, BATCH_SIZE, options.dtype)
     keys = [image.keys[0] for image in images]
     encode_missing(decoded, keys, items, encoder, "reconstruct images", "images")
 
@@ -247,5 +253,7 @@ def write_report(
     draw_reconstructions(title, drawn, pictures).save(REPORT / "worst_reconstructions.png")
 
 
+if __name__ in ("__main__", "__mp_main__"):  # the stage, or a process that it started
+    leave_out("peft", "transformers")
 if __name__ == "__main__":
     run_stage("encode_images", ("encode_images",), main, distributed=True)

@@ -21,6 +21,7 @@ from stages.lib.pairs import (
     iter_images,
     read_captions,
     read_images,
+    scan_images,
     split_of,
     write_captions,
     write_images,
@@ -56,6 +57,7 @@ def test_images_come_back_in_the_order_of_their_ids(tmp_path: Path, monkeypatch:
     rows = list(iter_images(directory))
     assert [row[0] for row in rows] == IDS
     assert all(image == image_of(sample_id) for sample_id, image in rows)
+    assert sorted(scan_images(directory)) == rows
     index = image_index(directory)
     assert [entry.sample_id for entry in index] == IDS
     assert [entry.image_sha256 for entry in index] == [hashlib.sha256(image).hexdigest() for _, image in rows]
@@ -73,6 +75,20 @@ def test_only_row_groups_with_wanted_images_are_read(tmp_path: Path, monkeypatch
     assert list(iter_images(directory, chosen)) == [(name, image_of(name)) for name in sorted(chosen)]
     assert reads.count(["image"]) <= 2
     assert list(iter_images(directory, set())) == []
+    assert dict(scan_images(directory, chosen)) == {name: image_of(name) for name in chosen}
+    assert reads.count(["image"]) <= 4
+
+
+def test_a_scan_holds_one_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "ROW_GROUP_BYTES", 10_000)
+    directory = written(tmp_path / "images", IDS)
+    reads = []
+    read_group = pairs._read_group
+    monkeypatch.setattr(
+        pairs, "_read_group", lambda *arguments: (reads.append(arguments[3]), read_group(*arguments))[1]
+    )
+    next(scan_images(directory))
+    assert reads.count(["image"]) == 1
 
 
 def test_a_few_images_by_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +202,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[content.index(image_of("a.png")) + 100] ^= 1
     path.write_bytes(content)
-    with pytest.raises(StageError, match=r"damaged.*dvc repro -f prepare"):
+    with pytest.raises(StageError, match=r"damaged.*dvc repro -f -s prepare`"):
         list(iter_images(directory))
 
 

@@ -4,9 +4,10 @@ A row of a batch is bit-identical whatever its neighbours, but not across batch 
 counts. So every batch has the same shape, and on a CPU every worker process has one thread: the
 bytes do not depend on the number of cores, and two such workers beat one process with two threads.
 
-On a CPU each worker loads and encodes whole batches. On a GPU the workers load, and this process
-encodes. Either way a thread of its own writes the blocks. Under `accelerate launch` each process
-encodes the rows whose keys fall to it, and the first one assembles.
+On a CPU each worker loads and encodes whole batches; a few batches are encoded in this process, in
+threads that compute alone. On a GPU the workers load, and this process encodes. Either way a thread
+of its own writes the blocks. Under `accelerate launch` each process encodes the rows whose keys fall
+to it, and the first one assembles.
 """
 
 from __future__ import annotations
@@ -200,18 +201,20 @@ def _is_finite(row: Row) -> bool:
 def _encoded(
     batches: Iterator[list[Item]], encoder: Encoder, device: str, num_workers: int, ahead: int
 ) -> Iterator[tuple[list[Item], list[Row]]]:
-    """Batches with their rows: on the GPU, in this process if there are few, else in worker processes."""
+    """Batches with their rows: on the GPU, in this process if there are few, else in worker processes.
+
+    Without batches no encoder is built: its libraries are slow to load.
+    """
     first = list(itertools.islice(batches, IN_PROCESS_BATCHES + 1))
+    if not first:
+        return
     batches = itertools.chain(first, batches)
     if device != "cpu":
         in_process = InProcess(encoder, device)
         for batch, inputs in _map_in_workers(_load_in_worker, batches, encoder, num_workers, ahead):
             yield batch, in_process.rows(inputs)
     elif len(first) <= IN_PROCESS_BATCHES:
-        with _one_thread():
-            in_process = InProcess(encoder, device)
-            for batch in batches:
-                yield batch, in_process.rows([encoder.load(item.value) for item in batch])
+        yield from _map_in_threads(first, encoder, num_workers)
     else:
         yield from _map_in_workers(_encode_in_worker, batches, encoder, num_workers, ahead)
 
@@ -242,6 +245,22 @@ class InProcess:
     def _padded(self, encode: Encode, inputs: list[Any]) -> list[Row]:
         padding = [inputs[-1]] * (self.encoder.batch_size - len(inputs))
         return encode(inputs + padding)[: len(inputs)]
+
+
+def _map_in_threads(
+    batches: list[list[Item]], encoder: Encoder, num_workers: int
+) -> Iterator[tuple[list[Item], list[Row]]]:
+    in_process = InProcess(encoder, "cpu")
+
+    def encoded(batch: list[Item]) -> list[Row]:
+        return in_process.rows([encoder.load(item.value) for item in batch])
+
+    # Each of these threads computes alone, as a worker process does.
+    with (
+        _thread_count_kept(),
+        ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        yield from zip(batches, pool.map(encoded, batches), strict=True)
 
 
 _worker: Encoder
@@ -278,9 +297,8 @@ def _map_in_workers(
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def _thread_count_kept() -> Iterator[None]:
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
         yield
     finally:

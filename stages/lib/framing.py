@@ -26,7 +26,7 @@ class Size(NamedTuple):
         return f"{self.width}x{self.height}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Framing:
     """A view of an image: resized to ``resized``, cropped to ``size`` at (left, top), perhaps mirrored."""
 
@@ -41,7 +41,7 @@ class Framing:
         return f"{self.resized}+{self.left}+{self.top}-{self.size}{mirrored}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FramedImage:
     """An image and the views that are kept of it, all of one size."""
 

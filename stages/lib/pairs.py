@@ -156,6 +156,12 @@ def iter_images(directory: Path, wanted: Container[str] | None = None) -> Iterat
     yield from heapq.merge(*shards, key=lambda row: row[0])
 
 
+def scan_images(directory: Path, wanted: Container[str] | None = None) -> Iterator[tuple[str, bytes]]:
+    """As `iter_images`, but shard by shard: one row group is in memory, whatever the data set's size."""
+    for path in _found_shards(directory):
+        yield from _shard_rows(path, wanted)
+
+
 def read_images(directory: Path, sample_ids: Iterable[str]) -> dict[str, bytes]:
     """The encoded images of a few samples, in the order asked for.
 
@@ -280,7 +286,9 @@ def _open(path: Path, schema: pa.Schema) -> pq.ParquetFile:
     except FileNotFoundError as error:
         raise StageError(f"{path}: missing; run `dvc repro prepare`") from error
     except (OSError, pa.ArrowException) as error:
-        raise StageError(f"{path}: not a whole Parquet file ({error}); run `dvc repro -f prepare`") from error
+        raise StageError(
+            f"{path}: not a whole Parquet file ({error}); run `dvc repro -f -s prepare`"
+        ) from error
     if not file.schema_arrow.equals(schema):
         raise StageError(
             f"{path}: expected the columns {_columns(schema)}, found {_columns(file.schema_arrow)}; "
@@ -293,7 +301,7 @@ def _read_group(file: pq.ParquetFile, path: Path, group: int | None, columns: li
     try:
         return file.read(columns) if group is None else file.read_row_group(group, columns)
     except (OSError, pa.ArrowException) as error:
-        raise StageError(f"{path}: damaged ({error}); run `dvc repro -f prepare`") from error
+        raise StageError(f"{path}: damaged ({error}); run `dvc repro -f -s prepare`") from error
 
 
 def _columns(schema: pa.Schema) -> str:

@@ -68,6 +68,16 @@ def keep_freed_memory() -> None:
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def leave_out(*libraries: str) -> None:
+    """Make libraries that are not imported yet look as if they were not installed.
+
+    diffusers and transformers import whatever optional library they find, which takes seconds at
+    each start. For the processes of one stage only: what is left out stays so until they end.
+    """
+    for name in libraries:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # importing it raises ImportError
+
+
 def fresh_directory(path: Path) -> Path:
     """Empty ``path`` for a stage's output; nothing of an earlier or killed run stays in it."""
     if path.is_dir():
