@@ -1,7 +1,8 @@
 """Bring the base model into place: a diffusers pipeline, safetensors only, with another VAE if asked for.
 
-Reads  the pipeline directory or Hub repository (and that of the VAE) that the params name
-Writes data/base/{tokenizer,text_encoder,vae,unet,scheduler}, data/base/model_index.json
+Reads  the pipeline directory or Hub repository (and those of the VAE and the CLIP) that the params name
+Writes data/base/{tokenizer,text_encoder,vae,unet,scheduler}, data/base/model_index.json; data/base/clip,
+       the CLIP that evaluation measures pictures with, where there is one
 Params fetch_base
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from stages.lib.base_model import (
     write_pipeline_index,
 )
 from stages.lib.errors import StageError
-from stages.lib.params import Params
+from stages.lib.params import FetchBase, Params
 from stages.lib.stage_run import fresh_directory, run_stage, write_json
 
 logger = logging.getLogger(__name__)
@@ -42,12 +43,18 @@ SUPPORTED_CLASSES = {
 }
 # Parts of a pipeline that training has no use for; the pictures of `evaluate` are made without them.
 DROPPED_COMPONENTS = ("feature_extractor", "image_encoder", "safety_checker")
+CLIP = "clip"  # no part of the pipeline
+REQUIRED_CONFIGS = {
+    **{component: (file,) for component, file in CONFIG_FILES.items()},
+    CLIP: ("config.json", "preprocessor_config.json"),
+}
+STEMS = {**WEIGHT_STEMS, CLIP: "model"}
 CONFIG_SUFFIXES = (".json", ".txt")
 WEIGHT_SUFFIXES = (".safetensors",)
 OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf")
 CONVERT = (
-    "take another repository or revision, or load it once with diffusers, write it with "
-    "`save_pretrained(DIRECTORY)` and set fetch_base.source: directory"
+    "take another repository or revision, or load it once with diffusers or transformers, write it with "
+    "`save_pretrained(DIRECTORY)` and name DIRECTORY in section fetch_base"
 )
 
 
@@ -61,22 +68,25 @@ def main(params: Params) -> None:
     folders = {component: f"{component}/" for component in COMPONENTS}
     if options.vae_source != "base":
         vae = open_source(options.vae_source, options.vae_directory, options.vae_hub_id, options.vae_revision)
-        sources["vae"], folders["vae"] = vae, vae_folder(vae)
+        sources["vae"], folders["vae"] = vae, folder_of("vae", vae)
+    clip = clip_source(options, base)
+    if clip is not None:
+        sources[CLIP], folders[CLIP] = clip, folder_of(CLIP, clip)
     files = {
-        component: choose_files(sources[component], folders[component], component, problems)
-        for component in COMPONENTS
+        component: choose_files(source, folders[component], component, problems)
+        for component, source in sources.items()
     }
     raise_problems(base, problems)
 
     partial = fresh_directory(BASE.with_name(f"{BASE.name}.partial"))
     try:
         # Configs come first: a base that cannot be used fails before gigabytes are downloaded.
-        for component in COMPONENTS:
-            copy_files(sources[component], files[component], CONFIG_SUFFIXES, partial / component)
-        raise_problems(base, config_problems(partial))
+        for component, source in sources.items():
+            copy_files(source, files[component], CONFIG_SUFFIXES, partial / component)
+        raise_problems(base, [*config_problems(partial), *clip_problems(partial / CLIP)])
         if options.vae_source != "base":
             compare_scaling_factors(base, sources["vae"], partial)
-        for component in WEIGHT_STEMS:
+        for component in [name for name in STEMS if name in sources]:
             copy_files(sources[component], files[component], WEIGHT_SUFFIXES, partial / component)
             weight_files(partial / component)
         write_pipeline_index(partial, index["scheduler"])
@@ -84,7 +94,9 @@ def main(params: Params) -> None:
         partial.rename(BASE)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    logger.info("%s: %s, VAE of %s", BASE, base, sources["vae"])
+    logger.info(
+        "%s: %s, VAE of %s, CLIP of %s", BASE, base, sources["vae"], clip or "nothing: none to measure with"
+    )
 
 
 @dataclass(frozen=True)
@@ -201,7 +213,7 @@ def _hub_refusal(error: Exception) -> tuple[str, str]:
 
 def _listing(root: Path) -> frozenset[str]:
     """Files of ``root`` and of the component directories in it, as relative POSIX paths."""
-    folders = [root, *(root / component for component in COMPONENTS)]
+    folders = [root, *(root / component for component in (*COMPONENTS, CLIP))]
     files = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_file()]
     return frozenset(path.relative_to(root).as_posix() for path in files)
 
@@ -240,10 +252,27 @@ def pipeline_problems(index: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def vae_folder(source: Source) -> str:
-    """Where an override's VAE lies: at the top of a VAE's own directory, in ``vae/`` of a pipeline's."""
-    is_vae = "config.json" in source.paths and "model_index.json" not in source.paths
-    return "" if is_vae else "vae/"
+def clip_source(options: FetchBase, base: Source) -> Source | None:
+    """Where the CLIP comes from; None where it is the base's and the base has none."""
+    if options.clip_source != "base":
+        return open_source(
+            options.clip_source, options.clip_directory, options.clip_hub_id, options.clip_revision
+        )
+    return base if any(path.startswith(f"{CLIP}/") for path in base.paths) else None
+
+
+def folder_of(component: str, source: Source) -> str:
+    """Where a part lies: at the top of a directory of its own, in a folder of its name in a pipeline's."""
+    is_alone = "config.json" in source.paths and "model_index.json" not in source.paths
+    return "" if is_alone else f"{component}/"
+
+
+def clip_problems(directory: Path) -> Iterator[str]:
+    """What in a CLIP's config tells of another kind of model."""
+    if directory.is_dir():
+        model_type = read_config(directory / "config.json").get("model_type")
+        if model_type != "clip":
+            yield f"clip/config.json: expected model_type 'clip', got {model_type!r}, not supported yet"
 
 
 def choose_files(source: Source, folder: str, component: str, problems: list[str]) -> dict[str, str]:
@@ -253,21 +282,26 @@ def choose_files(source: Source, folder: str, component: str, problems: list[str
     """
     prefix = len(folder)
     names = {path[prefix:] for path in source.paths if path.startswith(folder) and "/" not in path[prefix:]}
-    if component == "tokenizer":
+    files: dict[str, str] = {}
+    if component in ("tokenizer", CLIP):
         if not ({"vocab.json", "merges.txt"} <= names or "tokenizer.json" in names):
-            problems.append(f"{source}: {folder} lacks vocab.json and merges.txt, or tokenizer.json")
-        return {name: folder + name for name in TOKENIZER_FILES if name in names}
-    config = CONFIG_FILES[component]
-    if config not in names:
-        problems.append(f"{source}: {folder}{config} is missing")
+            problems.append(
+                f"{source}: {folder or 'its directory'} lacks vocab.json and merges.txt, or tokenizer.json"
+            )
+        files |= {name: name for name in TOKENIZER_FILES if name in names}
+    configs = REQUIRED_CONFIGS.get(component, ())
+    if missing := [config for config in configs if config not in names]:
+        problems += [f"{source}: {folder}{config} is missing" for config in missing]
         return {}
-    files = {config: config}
-    if component in WEIGHT_STEMS:
-        weights = _weights(WEIGHT_STEMS[component], names)
+    files |= {config: config for config in configs}
+    if component in STEMS:
+        weights = _weights(STEMS[component], names)
         if not weights:
             problems.append(_no_weights(source, folder, names))
         elif any(target != name for target, name in weights.items()):
-            logger.warning("%s: %s has fp16 weights only; they are taken", source, folder or "the VAE")
+            logger.warning(
+                "%s: %s has fp16 weights only; they are taken", source, folder or f"the {component}"
+            )
         files |= weights
     return {target: folder + name for target, name in files.items()}
 

@@ -72,20 +72,25 @@ def write_params(**changes: dict) -> Params:
     return read_params()
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """params.yaml, a base in data/base and a folder of 12 images with captions; no stage has run."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SD_WORK", str(tmp_path / ".work"))
+def make_project(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Enter ``root`` with params.yaml, a base in data/base and a folder of 12 images with captions."""
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("SD_WORK", str(root / ".work"))
     monkeypatch.setenv("SD_WORKERS", "1")
-    tiny_pipeline(tmp_path / "data" / "tiny")
-    (tmp_path / "images").mkdir()
+    tiny_pipeline(root / "data" / "tiny")
+    (root / "images").mkdir()
     for seed in range(12):
-        draw_image(seed).save(tmp_path / "images" / f"{seed:02d}.png")
-        (tmp_path / "images" / f"{seed:02d}.txt").write_text(CAPTIONS[seed % len(CAPTIONS)])
+        draw_image(seed).save(root / "images" / f"{seed:02d}.png")
+        (root / "images" / f"{seed:02d}.txt").write_text(CAPTIONS[seed % len(CAPTIONS)])
     params = write_params()
     fetch_base.main(params)
-    return tmp_path
+    return root
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh project; no stage but fetch_base has run."""
+    return make_project(tmp_path, monkeypatch)
 
 
 def run_encoders(params: Params) -> None:

@@ -23,7 +23,7 @@ from stages.lib.conditioning import check_text_encoder, read_conditioning
 from stages.lib.errors import StageError
 from stages.lib.pairs import read_captions
 from stages.lib.params import Params
-from stages.lib.rendering import Setting, load_pipeline, render
+from stages.lib.rendering import Request, load_renderer, render, settings
 from stages.lib.stores import open_store
 from stages.lib.work import WorkStore
 from tests.checkpoints import sd15_like, sd21_like, write_tokenizer
@@ -210,15 +210,16 @@ def test_prompts_are_embedded_as_captions_are(project, num_chunks, clip_skip):
     params = write_params(
         tokenize={"num_chunks": num_chunks},
         encode_captions={"clip_skip": clip_skip},
-        evaluate={"prompts": [prompt], "negative_prompt": negative_prompt, "seeds": [3], "batch_size": 1},
+        evaluate={"prompts": [prompt], "negative_prompt": negative_prompt, "batch_size": 1},
     )
     run_captions(params)
     conditioning = read_conditioning()
-    pipeline = load_pipeline(Path("data/base"), Path("data/base/unet"))
-    sampling = Setting(guidance_scale=3.0, num_inference_steps=2)
-    (rendered,) = render(
-        pipeline, params.evaluate, sampling, conditioning.clip_skip, 64, conditioning.num_chunks
+    base = Path("data/base")
+    renderer = load_renderer(
+        base, base / "unet", params.evaluate, [prompt], 64, conditioning.clip_skip, conditioning.num_chunks
     )
+    (setting,) = settings(params.evaluate)
+    (rendered,) = render(renderer, setting, [Request(prompt, 3)], "pictures")
     stock = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
     picture = stock(
         prompt_embeds=encode_by_transformers(prompt, num_chunks, clip_skip),
@@ -229,7 +230,7 @@ def test_prompts_are_embedded_as_captions_are(project, num_chunks, clip_skip):
         height=64,
         width=64,
     ).images[0]
-    assert np.abs(np.asarray(picture, int) - np.asarray(rendered[2], int)).max() <= 1
+    assert np.abs(np.asarray(picture, int) - np.asarray(rendered.picture, int)).max() <= 1
 
 
 def test_captions_of_another_text_encoder_are_refused(project):

@@ -1,23 +1,17 @@
 """Metrics equal torchmetrics, scipy and double loops, and put real pictures into the order they must have."""
 
-import io
-import json
-import shutil
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torchmetrics.functional.multimodal import clip_score
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 from transformers import CLIPModel, CLIPProcessor
 
 from stages.lib import clip_metrics
-from stages.lib.clip_features import image_features, load_clip, text_features
+from stages.lib.clip_features import text_features
 from stages.lib.clip_metrics import (
     clip_image_similarity,
     clip_scores,
@@ -28,23 +22,7 @@ from stages.lib.clip_metrics import (
 )
 from stages.lib.errors import StageError
 from stages.lib.intervals import bootstrap_interval, difference, mean_of, resample_weights
-from stages.lib.sources import read_folder
-from tests.conftest import REPOSITORY
-
-TINY_PREPROCESSOR = {  # as tiny/train_clip.py shows drawings: 72 pixels in [-1, 1], 64 of them seen
-    "crop_size": {"height": 64, "width": 64},
-    "do_center_crop": True,
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_processor_type": "CLIPImageProcessor",
-    "image_std": [0.5, 0.5, 0.5],
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "size": {"shortest_edge": 72},
-}
+from tests.clips import bundled_clip, emoji_features
 
 
 def randn(*shape: int, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
@@ -203,33 +181,12 @@ def test_of_equally_near_images_the_first_is_named(monkeypatch):
 
 @pytest.fixture(scope="module")
 def clip_directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tiny") / "clip"
-    shutil.copytree(REPOSITORY / "data/tiny/clip", directory)
-    shutil.copytree(REPOSITORY / "data/tiny/tokenizer", directory, dirs_exist_ok=True)
-    (directory / "preprocessor_config.json").write_text(json.dumps(TINY_PREPROCESSOR))
-    return directory
+    return bundled_clip(tmp_path_factory.mktemp("tiny") / "clip")
 
 
 @pytest.fixture(scope="module")
 def emoji(clip_directory):
-    """OpenMoji at 64 pixels in two halves of 64, variations of the first, and noise; features of each."""
-    source = read_folder(REPOSITORY / "data/openmoji", "text", 64)
-    rows = [source.rows[number] for number in torch.linspace(0, len(source.rows) - 1, 128).int().tolist()]
-    pictures = [Image.open(io.BytesIO(source.read(row.sample_id))).convert("RGB") for row in rows]
-    clip = load_clip(clip_directory)
-    first, second = pictures[::2], pictures[1::2]
-    random = np.random.default_rng(0)
-    groups = {
-        "first": first,
-        "second": second,
-        "recoloured": [
-            Image.merge("RGB", (blue, red, green)) for red, green, blue in map(Image.Image.split, first)
-        ],
-        "noise": [Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in first],
-    }
-    features = {name: image_features(clip, group) for name, group in groups.items()}
-    captions = [row.captions[0] for row in rows[::2]]
-    return SimpleNamespace(clip=clip, first_pictures=first, captions=captions, **features)
+    return emoji_features(clip_directory)
 
 
 @pytest.mark.parametrize("metric", [kid, cmmd, frechet_distance])

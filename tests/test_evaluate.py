@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from stages import evaluate, fetch_base
+from stages.lib.clip_features import image_features, load_clip, text_features
 from stages.lib.conditioning import read_conditioning
 from stages.lib.draws import generator
 from stages.lib.export import read_lineage
@@ -20,17 +23,43 @@ from stages.lib.grids import Row, draw_grid
 from stages.lib.latents import read_latents
 from stages.lib.pairs import read_captions
 from stages.lib.params import read_params
-from tests.checkpoints import sd15_like, sd21_like
-from tests.conftest import content_fingerprint, draw_image, run_encoders, run_train, write_params
+from tests.checkpoints import edit_json, sd15_like, sd21_like
+from tests.clips import bundled_clip
+from tests.conftest import (
+    content_fingerprint,
+    draw_image,
+    make_project,
+    run_encoders,
+    run_train,
+    write_params,
+)
+
+TWO_SETTINGS = {"guidance_scale": [3.0, 1.0], "denoising_every_steps": 1, "bootstrap_resamples": 100}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A project with the bundled CLIP, two settings and a strip of every step, evaluated."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        root = make_project(tmp_path_factory.mktemp("finished"), monkeypatch)
+        bundled_clip(root / "data/tiny/clip")
+        params = write_params(evaluate=TWO_SETTINGS)
+        fetch_base.main(params)
+        run_encoders(params)
+        run_train(learning_rate=1e-2)
+        evaluate.main(params, "baseline")
+        evaluate.main(params, "evaluate")
+    return root
 
 
 @pytest.fixture
-def evaluated(encoded):
-    run_train(learning_rate=1e-2)
-    params = read_params()
-    evaluate.main(params, "baseline")
-    evaluate.main(params, "evaluate")
-    return encoded
+def evaluated(finished, tmp_path, monkeypatch):
+    """A copy of its own for each test."""
+    root = tmp_path / "evaluated"
+    shutil.copytree(finished, root, ignore=shutil.ignore_patterns(".work"))
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("SD_WORK", str(root / ".work"))
+    return root
 
 
 def read_json(path: str) -> dict:
@@ -48,13 +77,15 @@ def test_a_stock_pipeline_reproduces_the_pictures(evaluated):
             picture = stock(
                 prompt, generator=start, guidance_scale=3.0, num_inference_steps=2, height=64, width=64
             ).images[0]
-            ours = Image.open(f"data/evaluation/samples/guidance3_steps2/prompt{index:02d}_seed{seed}.png")
+            ours = Image.open(
+                f"data/evaluation/samples/base_guidance3_steps2/prompt{index:02d}_seed{seed}.png"
+            )
             difference = np.abs(np.asarray(picture, int) - np.asarray(ours, int))
             assert difference.max() <= 1, (prompt, seed)
 
 
 def test_base_and_tuned_differ_and_a_second_run_is_identical(evaluated):
-    name = "samples/guidance3_steps2/prompt00_seed0.png"
+    name = "samples/base_guidance3_steps2/prompt00_seed0.png"
     assert Path("data/baseline", name).read_bytes() != Path("data/evaluation", name).read_bytes()
     first = content_fingerprint(Path("data/evaluation")), content_fingerprint(Path("data/baseline"))
     evaluate.main(read_params(), "baseline")
@@ -92,7 +123,7 @@ def test_validation_loss_equals_a_hand_computation(evaluated):
 
 
 def test_the_grid_places_example_base_and_tuned_side_by_side(evaluated):
-    grid = np.asarray(Image.open("data/evaluation/grids/guidance3_steps2.png"))
+    grid = np.asarray(Image.open("data/evaluation/grids/base_guidance3_steps2.png"))
 
     def cell(row: int, column: int) -> np.ndarray:
         side, margin, left = 128, 6, 150
@@ -104,12 +135,150 @@ def test_the_grid_places_example_base_and_tuned_side_by_side(evaluated):
 
     for row in (0, 1):
         for seed in (0, 1):
-            name = f"samples/guidance3_steps2/prompt{row:02d}_seed{seed}.png"
+            name = f"samples/base_guidance3_steps2/prompt{row:02d}_seed{seed}.png"
             assert np.array_equal(cell(row, 1 + seed), enlarged(f"data/baseline/{name}"))
             assert np.array_equal(cell(row, 3 + seed), enlarged(f"data/evaluation/{name}"))
     assert len(np.unique(cell(0, 0).reshape(-1, 3), axis=0)) > 1  # "red cat" is a training caption
     assert (cell(1, 0) == 0xE6).all()  # the other prompt is not
     assert (grid[:, :150] < 128).any()  # labels are drawn
+
+
+def cells_of(path: str, num_rows: int, num_columns: int) -> np.ndarray:
+    """The pictures of a drawn table, (rows, columns, 128, 128, 3)."""
+    grid, pitch = np.asarray(Image.open(path)), 134
+    assert grid.shape[1] == 150 + num_columns * pitch + 6
+    top = grid.shape[0] - num_rows * pitch
+    assert 20 < top < 100
+    rows = [
+        [grid[top + row * pitch :, 150 + column * pitch :][:128, :128] for column in range(num_columns)]
+        for row in range(num_rows)
+    ]
+    return np.array(rows)
+
+
+def enlarged(picture: str | Path | Image.Image) -> np.ndarray:
+    opened = picture if isinstance(picture, Image.Image) else Image.open(picture)
+    return np.asarray(opened).repeat(2, axis=0).repeat(2, axis=1)
+
+
+def test_the_sweep_has_a_column_for_each_guidance_tuned_above_base(evaluated):
+    cells = cells_of("data/evaluation/sweep.png", 2, 2)
+    for row, folder in enumerate(("evaluation", "baseline")):
+        for column, guidance in enumerate((3, 1)):
+            name = f"data/{folder}/samples/base_guidance{guidance}_steps2/prompt00_seed0.png"
+            assert np.array_equal(cells[row, column], enlarged(name))
+
+
+@pytest.mark.parametrize("folder", ["baseline", "evaluation"])
+def test_the_denoising_strip_ends_in_the_pictures(evaluated, folder):
+    cells = cells_of(f"data/{folder}/denoising.png", 2, 2)  # prompts, steps
+    for row in (0, 1):
+        name = f"data/{folder}/samples/base_guidance3_steps2/prompt{row:02d}_seed0.png"
+        assert np.array_equal(cells[row, 1], enlarged(name))
+        assert (cells[row, 0] != cells[row, 1]).any()
+
+
+def test_learning_shows_the_previews_of_training_decoded(evaluated):
+    files = sorted(Path("data/training/previews").iterdir())
+    vae = AutoencoderKL.from_pretrained("data/base/vae")
+    cells = cells_of("data/evaluation/learning.png", 2, len(files))
+    assert len(files) > 1
+    for column, file in enumerate(files):
+        for row, latents in enumerate(load_file(file)["latents"]):
+            with torch.no_grad():
+                decoded = vae.decode(latents[None] / vae.config.scaling_factor).sample[0]
+            pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+            assert np.abs(cells[row, column] - pixels.repeat(2, 0).repeat(2, 1)).max() <= 1
+
+
+def test_what_is_switched_off_says_so_in_its_place(evaluated):
+    shutil.rmtree("data/training/previews")
+    params = write_params(evaluate={"denoising_every_steps": None, "bootstrap_resamples": 100})
+    shutil.rmtree("data/base/clip")
+    evaluate.main(params, "baseline")
+    evaluate.main(params, "evaluate")
+    for name in ("evaluation/learning.png", "evaluation/nearest.png", "baseline/denoising.png"):
+        message = np.asarray(Image.open(f"data/{name}"))
+        assert message.shape[0] < 60 and (message < 128).any()
+    metrics = read_json("data/evaluation/metrics.json")
+    assert metrics["tuned_validation_loss"] > 0 and metrics["tuned_kid"] is None
+    assert "real_clip_score" not in metrics
+    assert read_json("data/evaluation/report.json")["memorised"] == []
+    assert not list(Path("data/evaluation/metric_samples").iterdir())
+
+
+def test_metrics_on_clip_features_have_intervals_and_agree_with_the_report(evaluated):
+    metrics, report = read_json("data/evaluation/metrics.json"), read_json("data/evaluation/report.json")
+    baseline = read_json("data/baseline/metrics.json")
+    assert baseline == {name: value for name, value in metrics.items() if name.startswith("base_")}
+    for entry in report["metrics"]:
+        for unet in ("base", "tuned"):
+            name = f"{unet}_{entry['name']}"
+            assert entry[unet] == {
+                "value": metrics[name],
+                "low": metrics[f"{name}_low"],
+                "high": metrics[f"{name}_high"],
+            }
+    known = {entry["name"] for entry in report["metrics"] if entry["difference"]["value"] is not None}
+    assert {
+        "validation_loss",
+        "clip_score",
+        "clip_image_similarity",
+        "kid",
+        "cmmd",
+        "memorised_share",
+    } <= known
+    assert report["prompts"] == ["red cat", "a dog of a rocket"] and report["seeds"] == [0, 1]
+    assert [setting["name"] for setting in report["settings"]] == [
+        "base_guidance3_steps2",
+        "base_guidance1_steps2",
+    ]
+    assert set(report["settings"][0]) == {"name", "scheduler", "guidance_scale", "num_inference_steps"}
+
+
+def test_the_clip_score_is_that_of_the_metric_pictures(evaluated):
+    samples = [
+        each for each in read_captions(Path("data/pairs/captions.parquet")) if each.split == "validation"
+    ]
+    pictures = sorted(Path("data/evaluation/metric_samples").iterdir())
+    assert len(pictures) == len(samples) > 1
+    clip = load_clip(Path("data/base/clip"))
+    features = image_features(clip, map(Image.open, pictures))
+    texts = text_features(clip, [sample.captions[0] for sample in samples])
+    expected = 100 * F.cosine_similarity(features, texts).clamp(min=0).mean()
+    metrics = read_json("data/evaluation/metrics.json")
+    assert metrics["tuned_clip_score"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_nearest_shows_each_picture_beside_the_training_image_it_resembles(evaluated):
+    pairs = read_json("data/evaluation/report.json")["memorised"]
+    split_of = {each.sample_id: each.split for each in read_captions(Path("data/pairs/captions.parquet"))}
+    assert len(pairs) == 8 and {split_of[pair["sample_id"]] for pair in pairs} == {"train"}
+    similarity = [pair["similarity"] for pair in pairs]
+    assert similarity == sorted(similarity, reverse=True)
+    drawing = np.asarray(Image.open("data/evaluation/nearest.png"))
+    half = drawing.shape[1] // 2
+    Image.fromarray(drawing[:, :half]).save("left.png")
+    cells = cells_of("left.png", 4, 2)
+    for row, pair in enumerate(pairs[:4]):
+        assert np.array_equal(cells[row, 0], enlarged(pair["picture"]))
+        assert (cells[row, 1] != cells[row, 0]).any()
+
+
+def test_another_batch_size_gives_the_same_numbers(evaluated):
+    before = {name: value or 0.0 for name, value in read_json("data/baseline/metrics.json").items()}
+    evaluate.main(write_params(evaluate=TWO_SETTINGS | {"batch_size": 5}), "baseline")
+    after = {name: value or 0.0 for name, value in read_json("data/baseline/metrics.json").items()}
+    assert after == pytest.approx(before, rel=1e-3, abs=1e-4)
+
+
+def test_another_prediction_is_sampled_with_its_scheduler_and_not_compared(evaluated):
+    edit_json(Path("data/unet/scheduler_config.json"), prediction_type="v_prediction")
+    before = Path("data/evaluation/samples/base_guidance3_steps2/prompt00_seed0.png").read_bytes()
+    evaluate.main(read_params(), "evaluate")
+    assert Path("data/evaluation/samples/base_guidance3_steps2/prompt00_seed0.png").read_bytes() != before
+    metrics = read_json("data/evaluation/metrics.json")
+    assert metrics["validation_loss_change"] is None and metrics["tuned_validation_loss"] > 0
 
 
 def test_contact_sheet_shows_images_and_reconstructions(evaluated):
@@ -119,9 +288,9 @@ def test_contact_sheet_shows_images_and_reconstructions(evaluated):
 
 
 def test_pictures_do_not_depend_on_the_other_prompts(evaluated):
-    before = Path("data/baseline/samples/guidance3_steps2/prompt01_seed1.png").read_bytes()
+    before = Path("data/baseline/samples/base_guidance3_steps2/prompt01_seed1.png").read_bytes()
     evaluate.main(write_params(evaluate={"prompts": ["rocket", "a dog of a rocket", "heart"]}), "baseline")
-    assert Path("data/baseline/samples/guidance3_steps2/prompt01_seed1.png").read_bytes() == before
+    assert Path("data/baseline/samples/base_guidance3_steps2/prompt01_seed1.png").read_bytes() == before
 
 
 def test_long_labels_are_wrapped_inside_their_cell():
@@ -164,7 +333,7 @@ def test_both_common_formats_run_through_to_a_grid(project, form):
     evaluate.main(params, "baseline")
     evaluate.main(params, "evaluate")
     assert read_json("data/prepare_metrics.json")["num_samples"] == 10
-    assert Image.open("data/evaluation/grids/guidance3_steps2.png").width > 600
+    assert Image.open("data/evaluation/grids/base_guidance3_steps2.png").width > 600
     assert read_json("data/evaluation/metrics.json")["tuned_validation_loss"] > 0
 
 
@@ -192,5 +361,5 @@ def test_stable_diffusion_checkpoints_run_through(project, build, prediction_typ
     picture = stock(
         "a dog", generator=start, guidance_scale=3.0, num_inference_steps=2, height=64, width=64
     ).images[0]
-    ours = Image.open("data/evaluation/samples/guidance3_steps2/prompt00_seed3.png")
+    ours = Image.open("data/evaluation/samples/base_guidance3_steps2/prompt00_seed3.png")
     assert np.abs(np.asarray(picture, int) - np.asarray(ours, int)).max() <= 1

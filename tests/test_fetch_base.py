@@ -29,9 +29,11 @@ from huggingface_hub.errors import (
 from stages import fetch_base
 from stages.lib import base_model
 from stages.lib.base_model import component_fingerprint
+from stages.lib.clip_features import load_clip
 from stages.lib.errors import StageError
 from stages.lib.params import Params, read_params
 from tests.checkpoints import edit_json, reshard, sd15_like, sd21_like, tiny_pipeline
+from tests.clips import bundled_clip
 
 REPOSITORY = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -398,6 +400,90 @@ def test_weights_that_lack_a_tensor_are_never_left_random(source: Path) -> None:
 def test_loading_what_is_not_there_names_the_stage(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="dvc repro fetch_base"):
         base_model.load_unet(tmp_path)
+
+
+# --- a CLIP to measure with
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return bundled_clip(tmp_path / "other" / "clip")
+
+
+CLIP_FILES = {
+    "clip/config.json",
+    "clip/model.safetensors",
+    "clip/preprocessor_config.json",
+    "clip/tokenizer.json",
+    "clip/tokenizer_config.json",
+}
+
+
+def test_the_clip_of_the_base_is_taken_and_changes_nothing_else(source: Path) -> None:
+    fetch(source)
+    without = content(BASE)
+    fingerprints = {name: component_fingerprint(BASE / name) for name in ("unet", "vae", "text_encoder")}
+    bundled_clip(source / "clip")
+    (source / "clip/pytorch_model.bin").write_bytes(b"pickle")
+    (source / "clip/notes.md").write_text("no part of it")
+    fetch(source)
+    assert set(content(BASE)) - set(without) == CLIP_FILES
+    assert {name: digest for name, digest in content(BASE).items() if name in without} == without
+    assert fingerprints == {name: component_fingerprint(BASE / name) for name in fingerprints}
+    assert load_clip(BASE / "clip").model.config.projection_dim == 128
+
+
+@pytest.mark.parametrize("folder", ["clip", "."])
+def test_a_clip_of_another_directory(source: Path, clip: Path, folder: str) -> None:
+    (clip.parent / "model_index.json").write_text("{}")
+    fetch(source, clip_source="directory", clip_directory=str(clip.parent / folder))
+    assert content(BASE / "clip") == content(clip)
+
+
+def test_a_clip_from_the_hub_is_fetched_at_its_commit(
+    source: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Hub:
+        def list_repo_files(self, hub_id: str, revision: str) -> list[str]:
+            return [*(path.name for path in clip.iterdir()), "pytorch_model.bin", "README.md"]
+
+    def snapshot_download(hub_id: str, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((hub_id, revision, allow_patterns))
+        return str(clip)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    fetch(source, clip_source="hub", clip_hub_id="some/clip", clip_revision=COMMIT)
+    assert content(BASE / "clip") == content(clip)
+    assert {request[:2] for request in asked} == {("some/clip", COMMIT)}
+    assert {name for request in asked for name in request[2]} == {file.name for file in clip.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda clip: (clip / "preprocessor_config.json").unlink(), "preprocessor_config.json is missing"),
+        (lambda clip: (clip / "config.json").unlink(), "config.json is missing"),
+        (lambda clip: (clip / "tokenizer.json").unlink(), "lacks vocab.json and merges.txt, or tokenizer"),
+        (
+            lambda clip: (clip / "model.safetensors").rename(clip / "pytorch_model.bin"),
+            "pickled weights can run code",
+        ),
+        (lambda clip: edit_json(clip / "config.json", model_type="siglip"), "expected model_type 'clip'"),
+        (lambda clip: (clip / "model.safetensors").write_bytes(b"cut"), "not a whole safetensors file"),
+    ],
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_clip_that_cannot_be_used_is_refused(
+    source: Path, clip: Path, spoil: Callable[[Path], object], expected: str, own: bool
+) -> None:
+    changes = {} if own else {"clip_source": "directory", "clip_directory": str(clip)}
+    if own:
+        clip = clip.rename(source / "clip")
+    spoil(clip)
+    assert expected in refusal(source, **changes)
 
 
 # --- another VAE

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+
+from stages.lib.labels import Label, draw_labels, text_width, wrap
 
 MARGIN = 6
 LABEL_SIZE = 13
@@ -27,25 +29,48 @@ def draw_grid(title: str, columns: Sequence[str], rows: Sequence[Row], label_wid
     Pictures keep their proportions; small ones are enlarged to 128 pixels without smoothing, so
     that what a 64-pixel model makes is seen as it is, and large ones are reduced to 256.
     """
-    font, side = ImageFont.load_default(LABEL_SIZE), _cell_side(rows)
-    headings = [_wrap(text, side, font) for text in columns]
-    top = MARGIN * 2 + LINE + LINE * max(map(len, headings))
+    side = _cell_side(rows)
+    headings = [wrap(text, side, LABEL_SIZE) for text in columns]
     width = label_width + len(columns) * (side + MARGIN) + MARGIN
+    titles = wrap(title, width - 2 * MARGIN, LABEL_SIZE + 1)
+    under = MARGIN + LINE * len(titles)
+    top = under + MARGIN + LINE * max(map(len, headings))
     grid = Image.new("RGB", (width, top + len(rows) * (side + MARGIN)), PAPER)
-    draw = ImageDraw.Draw(grid)
-    draw.text((MARGIN, MARGIN), title, INK, ImageFont.load_default(LABEL_SIZE + 1))
+    labels = [
+        Label(MARGIN, MARGIN + LINE * number, line, LABEL_SIZE + 1) for number, line in enumerate(titles)
+    ]
     for column, lines in enumerate(headings):
         left = label_width + column * (side + MARGIN)
-        for index, line in enumerate(lines):
-            draw.text((left, MARGIN + LINE * (index + 1)), line, INK, font)
+        labels += [_line(left, under, number, line) for number, line in enumerate(lines)]
     for index, row in enumerate(rows):
         upper = top + index * (side + MARGIN)
-        for number, line in enumerate(_wrap(row.label, label_width - 2 * MARGIN, font)[: side // LINE]):
-            draw.text((MARGIN, upper + LINE * number), line, INK, font)
+        lines = wrap(row.label, label_width - 2 * MARGIN, LABEL_SIZE)[: side // LINE]
+        labels += [_line(MARGIN, upper, number, line) for number, line in enumerate(lines)]
         for column, picture in enumerate(row.pictures):
             left = label_width + column * (side + MARGIN)
             grid.paste(_fit(picture, side), (left, upper))
-    return grid
+    return draw_labels(grid, labels, INK)
+
+
+def draw_message(text: str) -> Image.Image:
+    """A line of text in the place of a picture that is left out."""
+    size = (round(text_width(text, LABEL_SIZE)) + 2 * MARGIN, LINE + 2 * MARGIN)
+    return draw_labels(Image.new("RGB", size, PAPER), [Label(MARGIN, MARGIN, text, LABEL_SIZE)], INK)
+
+
+def stack(pictures: Sequence[Image.Image], beside: bool = False) -> Image.Image:
+    """Pictures below one another, or beside one another, on white."""
+    widths, heights = zip(*(picture.size for picture in pictures), strict=True)
+    size = (sum(widths), max(heights)) if beside else (max(widths), sum(heights))
+    sheet, left, top = Image.new("RGB", size, PAPER), 0, 0
+    for picture in pictures:
+        sheet.paste(picture, (left, top))
+        left, top = (left + picture.width, top) if beside else (left, top + picture.height)
+    return sheet
+
+
+def _line(left: int, top: int, number: int, text: str) -> Label:
+    return Label(left, top + LINE * number, text, LABEL_SIZE)
 
 
 def _cell_side(rows: Sequence[Row]) -> int:
@@ -64,20 +89,3 @@ def _fit(picture: Image.Image | None, side: int) -> Image.Image:
     cell = Image.new("RGB", (side, side), PAPER)
     cell.paste(fitted, ((side - fitted.width) // 2, (side - fitted.height) // 2))
     return cell
-
-
-def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Break ``text`` between words, and within a word that is wider than ``width`` pixels."""
-    lines = [""]
-    for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
-            lines[-1] = joined
-            continue
-        if lines[-1]:
-            lines.append("")
-        for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    return lines

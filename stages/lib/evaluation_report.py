@@ -1,0 +1,275 @@
+"""The numbers of an evaluation with their intervals: metrics.json for DVC, report.json for the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stages.lib.clip_metrics import (
+    Nearest,
+    clip_image_similarity,
+    clip_scores,
+    cmmd,
+    frechet_distance,
+    kid,
+    nearest_images,
+)
+from stages.lib.intervals import Statistic, bootstrap_interval, difference, mean_of
+from stages.lib.measurements import Measurements, Reference
+from stages.lib.params import Evaluate
+
+Estimate = dict[str, float | None]
+_CLIP_METRICS = {
+    "clip_score": ("CLIP score", "higher"),
+    "clip_image_similarity": ("CLIP similarity to the training set", "higher"),
+    "kid": ("KID on CLIP features", "lower"),
+    "cmmd": ("CMMD", "lower"),
+    "frechet_distance": ("Fréchet distance on CLIP features", "lower"),
+    "memorised_share": ("Memorised share", "lower"),
+}
+UNKNOWN: Estimate = {"value": None, "low": None, "high": None}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a UNet.
+
+    Attributes:
+        name: in metrics.json, after ``base_`` or ``tuned_``.
+        label: for people.
+        better: ``higher`` or ``lower``.
+        rows: labels of what the statistic's weights weigh, see `bootstrap_interval`; none for a number
+            without an interval.
+        statistic: of a UNet's measurements; None where it cannot be computed.
+        note: what it was computed from, and what to read it beside.
+        real: the same of held-out images in the place of generated ones, if that says something.
+    """
+
+    name: str
+    label: str
+    better: str
+    rows: Sequence[Sequence[Hashable]]
+    statistic: Callable[[Measurements], Statistic | None]
+    note: str
+    real: Statistic | None = None
+    real_rows: Sequence[Sequence[Hashable]] = ()
+
+
+def metrics_of(
+    base: Measurements, reference: Reference | None, captions: Sequence[str], options: Evaluate
+) -> list[Metric]:
+    """Every metric, also those that cannot be computed here.
+
+    Args:
+        base: of the base UNet.
+        reference: of the data; None without CLIP.
+        captions: of all pictures, those of held-out captions first.
+        options: thresholds.
+    """
+    return [*_loss_metrics(base), *_clip_metrics(base, reference, captions, options)]
+
+
+def report_entries(
+    metrics: Sequence[Metric], base: Measurements, tuned: Measurements, options: Evaluate
+) -> list[dict[str, Any]]:
+    """The ``metrics`` of report.json: base, tuned and their paired difference, each with an interval."""
+    return [_entry(metric, base, tuned, options) for metric in metrics]
+
+
+def base_numbers(metrics: Sequence[Metric], base: Measurements, options: Evaluate) -> dict[str, float | None]:
+    """data/baseline/metrics.json: ``base_<name>`` and the ends of its interval, ``_low`` and ``_high``."""
+    return _flat(
+        (f"base_{metric.name}", _estimate(metric.statistic(base), metric.rows, options)) for metric in metrics
+    )
+
+
+def compared_numbers(entries: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """data/evaluation/metrics.json: as `base_numbers`, with ``tuned_``, and ``real_`` for held-out images.
+
+    ``validation_loss_change`` is relative, negative where the trained UNet is better.
+    """
+    numbers = _flat(
+        (f"{unet}_{entry['name']}", entry[unet]) for entry in entries for unet in ("base", "tuned")
+    )
+    numbers |= {f"real_{entry['name']}": entry["real"]["value"] for entry in entries if "real" in entry}
+    loss = next(entry for entry in entries if entry["name"] == "validation_loss")
+    change = loss["difference"]["value"]
+    numbers["validation_loss_change"] = None if change is None else change / loss["base"]["value"]
+    return numbers
+
+
+def nearest_training_images(measurements: Measurements, reference: Reference) -> Nearest:
+    """Of every picture that the UNet made."""
+    assert measurements.picture_features is not None  # as there is a reference
+    return nearest_images(measurements.picture_features, reference.training)
+
+
+def _entry(metric: Metric, base: Measurements, tuned: Measurements, options: Evaluate) -> dict[str, Any]:
+    statistics = metric.statistic(base), metric.statistic(tuned)
+    entry: dict[str, Any] = {"name": metric.name, "label": metric.label, "better": metric.better}
+    entry |= {
+        unet: _estimate(statistic, metric.rows, options)
+        for unet, statistic in zip(("base", "tuned"), statistics, strict=True)
+    }
+    note, change = metric.note, None
+    if metric.name.startswith("validation_loss") and not tuned.compares_with(base):
+        note += (
+            f"; the losses do not compare: the base predicts {base.prediction_type}, the fine-tuned UNet "
+            f"{tuned.prediction_type}, or their noise schedules differ"
+        )
+    elif statistics[0] is not None and statistics[1] is not None:
+        change = difference(statistics[1], statistics[0])
+    entry |= {"difference": _estimate(change, metric.rows, options), "note": note}
+    if metric.real is not None:
+        entry["real"] = _estimate(metric.real, metric.real_rows, options)
+    return entry
+
+
+def _estimate(statistic: Statistic | None, rows: Sequence[Sequence[Hashable]], options: Evaluate) -> Estimate:
+    if statistic is None:
+        return UNKNOWN
+    value = statistic(*(torch.ones(1, len(labels), dtype=torch.float64) for labels in rows)).item()
+    if not math.isfinite(value):
+        return UNKNOWN
+    if not rows:
+        return {**UNKNOWN, "value": value}
+    interval = bootstrap_interval(
+        statistic, rows, options.bootstrap_seed, options.bootstrap_resamples, options.bootstrap_level
+    )
+    return {"value": interval.estimate, "low": interval.low, "high": interval.high}
+
+
+def _flat(estimates: Iterator[tuple[str, Estimate]]) -> dict[str, float | None]:
+    return {
+        f"{name}{'' if part == 'value' else f'_{part}'}": number
+        for name, estimate in estimates
+        for part, number in estimate.items()
+    }
+
+
+def _loss_metrics(base: Measurements) -> Iterator[Metric]:
+    losses = base.losses
+    num_samples, timesteps = len(losses.sample_ids), range(len(losses.timesteps))
+    bins = [(f"_t{first}_{last}", f", timesteps {first} to {last}", at) for first, last, at in losses.bins()]
+    for ending, part, columns in [("", "", list(timesteps)), *bins]:
+
+        def statistic(unet: Measurements, columns: list[int] = columns) -> Statistic | None:
+            return mean_of(unet.losses.losses[:, columns].mean(dim=1)) if unet.losses.sample_ids else None
+
+        note = f"{num_samples} held-out samples at {len(columns)} timesteps, the same noise for both"
+        yield Metric(
+            f"validation_loss{ending}",
+            f"Held-out loss{part}",
+            "lower",
+            [range(num_samples)],
+            statistic,
+            note if num_samples else "no sample is held out (prepare.validation_fraction)",
+        )
+
+
+def _clip_metrics(
+    base: Measurements, reference: Reference | None, captions: Sequence[str], options: Evaluate
+) -> Iterator[Metric]:
+    if reference is None or base.caption_features is None:
+        note = "data/base has no clip/ to measure with (fetch_base.clip_source)"
+        for name, (label, better) in _CLIP_METRICS.items():
+            yield Metric(name, label, better, (), lambda unet: None, note)
+        return
+    prompted = list(captions[: len(base.caption_features)])
+    yield from _likeness_metrics(reference, prompted)
+    yield from _distance_metrics(reference, prompted)
+    yield _memorised_share(reference, captions, options)
+
+
+def _likeness_metrics(reference: Reference, prompted: list[str]) -> Iterator[Metric]:
+    def score(unet: Measurements) -> Statistic | None:
+        return mean_of(clip_scores(_generated(unet), _captions(unet))) if prompted else None
+
+    def similarity(unet: Measurements) -> Statistic | None:
+        return mean_of(clip_image_similarity(_generated(unet), reference.training)) if prompted else None
+
+    real_scores = clip_scores(reference.held_out, reference.held_out_captions)
+    real_similarity = clip_image_similarity(reference.held_out, reference.training)
+    to_training = f"to {len(reference.training)} training images"
+    for name, statistic, what, real in (
+        ("clip_score", score, "to their captions", real_scores),
+        ("clip_image_similarity", similarity, to_training, real_similarity),
+    ):
+        label, better = _CLIP_METRICS[name]
+        yield Metric(
+            name,
+            label,
+            better,
+            [prompted],
+            statistic,
+            f"{len(prompted)} pictures of held-out captions {what}{_beside(real, '.3g')}",
+            real=mean_of(real) if len(real) else None,
+            real_rows=[range(len(real))],
+        )
+
+
+def _distance_metrics(reference: Reference, prompted: list[str]) -> Iterator[Metric]:
+    num_held_out, width = reference.held_out.shape
+    fewest = min(len(prompted), num_held_out)
+
+    def frechet(unet: Measurements) -> Statistic:
+        value = torch.tensor(frechet_distance(_generated(unet), reference.held_out), dtype=torch.float64)
+        return lambda: value
+
+    for name, statistic, needed in (
+        ("kid", lambda unet: kid(_generated(unet), reference.held_out), 2),
+        ("cmmd", lambda unet: cmmd(_generated(unet), reference.held_out), 2),
+        ("frechet_distance", frechet, 2 * width),
+    ):
+        label, better = _CLIP_METRICS[name]
+        note = f"{len(prompted)} pictures of held-out captions, {num_held_out} held-out images"
+        if fewest < needed:
+            note += f"; needs {needed} of both (evaluate.num_metric_samples)"
+        yield Metric(
+            name,
+            label,
+            better,
+            [prompted, range(num_held_out)] if name != "frechet_distance" else (),
+            statistic if fewest >= needed else lambda unet: None,
+            note,
+        )
+
+
+def _memorised_share(reference: Reference, captions: Sequence[str], options: Evaluate) -> Metric:
+    def share(unet: Measurements) -> Statistic:
+        nearest = nearest_training_images(unet, reference)
+        return mean_of(nearest.above(options.memorisation_threshold))
+
+    real = nearest_images(reference.held_out, reference.training).above(options.memorisation_threshold)
+    label, better = _CLIP_METRICS["memorised_share"]
+    return Metric(
+        "memorised_share",
+        label,
+        better,
+        [list(captions)],
+        share,
+        f"share of {len(captions)} pictures whose nearest training image has a cosine above "
+        f"{options.memorisation_threshold:g}{_beside(real, '.0%')}",
+        real=mean_of(real) if len(real) else None,
+        real_rows=[range(len(real))],
+    )
+
+
+def _beside(real: torch.Tensor, form: str) -> str:
+    """What held-out images themselves reach: near-duplicates in the data lift it for any model."""
+    return f"; of held-out images {real.double().mean().item():{form}}" if len(real) else ""
+
+
+def _generated(unet: Measurements) -> torch.Tensor:
+    """Features of the pictures of held-out captions."""
+    assert unet.picture_features is not None  # as there is a reference
+    return unet.picture_features[: len(_captions(unet))]
+
+
+def _captions(unet: Measurements) -> torch.Tensor:
+    assert unet.caption_features is not None  # as there is a reference
+    return unet.caption_features

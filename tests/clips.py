@@ -1,0 +1,47 @@
+"""The bundled CLIP, whole, and what it sees in OpenMoji."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from stages.lib.clip_features import image_features, load_clip
+from stages.lib.sources import read_folder
+from tests.conftest import REPOSITORY
+from tiny.assemble import PREPROCESSOR
+
+
+def bundled_clip(directory: Path) -> Path:
+    """A copy with the tokenizer and preprocessor_config.json that assemble puts beside the weights."""
+    shutil.copytree(REPOSITORY / "data/tiny/clip", directory)
+    shutil.copytree(REPOSITORY / "data/tiny/tokenizer", directory, dirs_exist_ok=True)
+    (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    return directory
+
+
+def emoji_features(directory: Path) -> SimpleNamespace:
+    """OpenMoji at 64 pixels in two halves of 64, variations of the first, and noise; features of each."""
+    source = read_folder(REPOSITORY / "data/openmoji", "text", 64)
+    rows = [source.rows[number] for number in torch.linspace(0, len(source.rows) - 1, 128).int().tolist()]
+    pictures = [Image.open(io.BytesIO(source.read(row.sample_id))).convert("RGB") for row in rows]
+    clip = load_clip(directory)
+    first, second = pictures[::2], pictures[1::2]
+    random = np.random.default_rng(0)
+    groups = {
+        "first": first,
+        "second": second,
+        "recoloured": [
+            Image.merge("RGB", (blue, red, green)) for red, green, blue in map(Image.Image.split, first)
+        ],
+        "noise": [Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in first],
+    }
+    features = {name: image_features(clip, group) for name, group in groups.items()}
+    captions = [row.captions[0] for row in rows[::2]]
+    return SimpleNamespace(clip=clip, first_pictures=first, captions=captions, **features)
