@@ -81,7 +81,7 @@ def make_repository(root: Path) -> Path:
     params = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     for section in params:
         params[section] |= SMALL.get(section, {})
-    params["fetch_base"] |= {"directory": "base", "vae_directory": "base/vae"}
+    params["fetch_base"] |= {"directory": "base", "vae_directory": "base/vae", "clip_directory": "base"}
     params["train"] |= {"max_train_steps": 2, "lr_warmup_steps": 0}
     write(root, params)
     identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
@@ -128,18 +128,18 @@ def test_each_change_reruns_exactly_the_stages_that_depend_on_it(repository):
 
     params["train"]["learning_rate"] = 1e-4
     write(repository, params)
-    assert repro(repository) == {"train", "evaluate"}
+    assert repro(repository) == {"train", "evaluate", "gallery"}
 
     params["evaluate"]["prompts"] = ["a dog"]
     write(repository, params)
-    assert repro(repository) == {"baseline", "evaluate"}
+    assert repro(repository) == {"baseline", "evaluate", "gallery"}
 
     params["encode_images"]["horizontal_flip"] = True
     write(repository, params)
-    assert repro(repository) == {"encode_images", "train", "baseline", "evaluate"}
+    assert repro(repository) == {"encode_images", "train", "baseline", "evaluate", "gallery"}
 
     (repository / "images" / "04.txt").write_text("a red heart")
-    expected = {"prepare", "tokenize", "encode_captions", "train", "baseline", "evaluate"}
+    expected = {"prepare", "tokenize", "encode_captions", "train", "baseline", "evaluate", "gallery"}
     assert repro(repository) == expected
 
 
@@ -166,5 +166,5 @@ def test_metrics_plots_and_experiments_are_of_use_at_once(repository):
     page = Path(dvc("plots", "show").strip().removeprefix("file://"))
     html = page.read_text()
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=[\"']https?:", html)
-    for shown in ("train_loss", "validation_loss", "guidance3_steps2", "contact_sheet", "vegaEmbed="):
+    for shown in ("train_loss", "validation_loss", "base_guidance3_steps2", "contact_sheet", "vegaEmbed="):
         assert shown in html, shown

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -26,10 +27,12 @@ from stages.lib.export import read_lineage
 from stages.lib.feed import NUM_AHEAD, Feed
 from stages.lib.history import History
 from stages.lib.latents import read_latents
+from stages.lib.lineage import lineage_of, run_fingerprint
 from stages.lib.memory_advice import memory_advice
 from stages.lib.pairs import read_captions
-from stages.lib.params import read_params
+from stages.lib.params import Params, read_params
 from stages.lib.unet import build_unet
+from stages.lib.validation import HeldOutLosses
 from tests.conftest import REPOSITORY, content_fingerprint, run_encoders, run_train, write_params
 
 WEIGHTS = Path("data/unet/diffusion_pytorch_model.safetensors")
@@ -77,6 +80,24 @@ def test_more_memory_is_no_other_run(encoded, monkeypatch):
     monkeypatch.setattr(train, "train_step", None)
     run_train(max_resident_bytes=0, checkpoint_every_steps=5)
     assert len(list(Path(".work/train").iterdir())) == 1
+
+
+def test_every_other_value_is_another_run(encoded):
+    """The fingerprint covers everything that determines the run, and nothing else."""
+    params, accelerator = read_params(), Accelerator(cpu=True)
+    latents, conditioning = read_latents(), read_conditioning()
+
+    def run(changed: Params) -> str:
+        lineage = lineage_of(changed, Path("data/base"), "epsilon", [], latents, conditioning)
+        return run_fingerprint(lineage, accelerator)
+
+    runs = {}
+    for section in ("train", "validation"):
+        for field in dataclasses.fields(getattr(params, section)):
+            values = dataclasses.replace(getattr(params, section), **{field.name: "another"})
+            runs[field.name] = run(dataclasses.replace(params, **{section: values}))
+    same = {name for name, found in runs.items() if found == run(params)}
+    assert same == {"checkpoint_every_steps", "export", "max_resident_bytes"}
 
 
 @pytest.mark.parametrize(("device", "num_ahead"), [("cpu", 0), ("cuda", NUM_AHEAD)])
@@ -396,6 +417,17 @@ def test_speed_is_told_outside_the_outputs(encoded):
     assert speed["images_per_second"] > 0
     assert 0 <= speed["data_wait_fraction"] < 1
     assert speed["peak_memory_bytes"] > 2**20
+
+
+def test_a_timestep_belongs_to_the_quarter_it_lies_in():
+    losses = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]], dtype=torch.float64)
+    summary = HeldOutLosses(["a"], [0, 249, 250, 499, 999], losses, 1000).summary()
+    assert summary == {
+        "validation_loss": 3.0,
+        "validation_loss_t0_249": 1.5,
+        "validation_loss_t250_499": 3.5,
+        "validation_loss_t750_999": 5.0,
+    }
 
 
 # --- what goes wrong
