@@ -33,7 +33,16 @@ from stages.lib.encoding_report import (
     write_shapes,
 )
 from stages.lib.errors import StageError
-from stages.lib.framing import FramedImage, Framing, LeftOut, Size, allowed_sizes, frame_images, view_names
+from stages.lib.framing import (
+    FramedImage,
+    Framing,
+    LeftOut,
+    Size,
+    allowed_sizes,
+    frame_images,
+    nominal_resolution,
+    view_names,
+)
 from stages.lib.latents import LATENTS, channel_statistics
 from stages.lib.pairs import image_index, read_images, scan_images
 from stages.lib.params import EncodeImages, Params
@@ -80,7 +89,7 @@ def main(params: Params) -> None:
     attributes = {
         "scaling_factor": vae_config["scaling_factor"],
         "shift_factor": vae_config["shift_factor"],
-        "resolution": options.resolution,
+        "resolution": nominal_resolution(options, downsampling(vae_config)),
         "views": view_names(options),
         "left_out": [image.sample_id for image in left_out],
         "model_fingerprint": recipe["model"],

@@ -7,7 +7,7 @@ Reads  data/base, data/latents.zarr, data/captions.zarr, data/pairs; tuned: data
 Writes data/baseline: samples/, metric_samples/, denoising.png, contact_sheet.png, measurements.safetensors,
        metrics.json
        data/evaluation: samples/, metric_samples/, grids/ with base and trained side by side, sweep.png,
-       denoising.png, learning.png, nearest.png, report.json, metrics.json
+       denoising.png, learning.png, nearest.png, report.json, metrics.json, summary.json
 Params evaluate, validation
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from stages.lib.base_model import BASE
 from stages.lib.clip_features import Clip, load_clip
 from stages.lib.conditioning import check_text_encoder, read_conditioning
+from stages.lib.devices import use_same_kernels
 from stages.lib.evaluation_pictures import (
     MadePicture,
     contact_sheet,
@@ -40,6 +41,7 @@ from stages.lib.evaluation_report import (
     metrics_of,
     nearest_training_images,
     report_entries,
+    summary_of,
 )
 from stages.lib.grids import draw_message
 from stages.lib.latents import check_vae, read_latents
@@ -72,7 +74,8 @@ def main(params: Params, stage: str) -> None:
     is_tuned = stage == "evaluate"
     unet, output = (UNET, EVALUATION) if is_tuned else (BASE / "unet", BASELINE)
     options = params.evaluate
-    latents, conditioning = read_latents(), read_conditioning()
+    use_same_kernels()
+    latents, conditioning = read_latents(resident=False), read_conditioning(resident=False)
     check_vae(latents, BASE / "vae")
     check_text_encoder(conditioning, BASE / "text_encoder")
     samples = latents.encoded(read_captions(Path("data/pairs/captions.parquet")))
@@ -105,7 +108,9 @@ def main(params: Params, stage: str) -> None:
         metrics = metrics_of(base, reference, [made.caption for made in pictures], options)
         entries = report_entries(metrics, base, measured, options)
         write_report(options, samples, entries, memorised)
-        write_json(EVALUATION / "metrics.json", compared_numbers(entries))
+        numbers = compared_numbers(entries)
+        write_json(EVALUATION / "metrics.json", numbers)
+        write_json(EVALUATION / "summary.json", summary_of(numbers))
     else:
         reference = measure_data(clip, samples, IMAGES, latents.resolution) if clip else None
         write_measurements(BASELINE / "measurements.safetensors", measured, reference)

@@ -17,9 +17,10 @@ from accelerate import Accelerator
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from stages.lib.base_model import read_config
-from stages.lib.batches import draw_batch, parts_of_process, training_set
+from stages.lib.batches import draw_batch, num_train_steps, parts_of_process, training_set
 from stages.lib.checkpoint import Checkpoints, TrainingState, load_weights
 from stages.lib.conditioning import CAPTIONS, read_conditioning
+from stages.lib.devices import use_same_kernels
 from stages.lib.ema import MovingAverage
 from stages.lib.errors import StageError
 from stages.lib.feed import Feed, Part, load_part
@@ -39,10 +40,11 @@ from stages.lib.optimizers import build_lr_schedule, build_optimizer
 from stages.lib.pairs import read_captions
 from stages.lib.params import Params, Train
 from stages.lib.preview_latents import PreviewLatents
+from stages.lib.processes import check_launch, check_same_step, of_first_process
 from stages.lib.progress import progress_bar
 from stages.lib.speed import Speed
 from stages.lib.stage_run import run_stage, work_root
-from stages.lib.step_losses import StepLosses, check_finite, mean_losses
+from stages.lib.step_losses import StepLosses, check_finite, checked, mean_losses
 from stages.lib.stores import store_bytes
 from stages.lib.unet import build_unet, check_shapes, export_unet, trained
 from stages.lib.validation import validation_losses
@@ -98,7 +100,7 @@ def main(params: Params) -> None:
     samples = latents.encoded(read_captions(PAIRS))
     data = training_set(samples, latents, conditioning)
     my_parts, num_parts = parts_of_process(options, accelerator.process_index, accelerator.num_processes)
-    max_train_steps = options.max_train_steps or data.num_steps(options)
+    max_train_steps = num_train_steps(options, data)
     base_config = read_config(BASE / "scheduler" / "scheduler_config.json")
     scheduler = training_scheduler(base_config, options.prediction_type, options.rescale_betas_zero_snr)
     sampling = sampling_config(base_config, scheduler)
@@ -108,7 +110,7 @@ def main(params: Params) -> None:
     checkpoints = Checkpoints(work_root(), run_fingerprint(lineage, accelerator))
 
     unet.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
-    forward = unet.forward  # prepare() makes it mixed precision; losses that are compared are float32
+    forward = unet.forward  # prepare() gives the model mixed precision; validation stays in float32
     if options.torch_compile:
         unet.compile()
     optimizer = build_optimizer(trained(unet), options)
@@ -117,9 +119,10 @@ def main(params: Params) -> None:
     ema = moving_average(unet, options)
     state = TrainingState(trained(unet), optimizer, lr_scheduler, ema, accelerator.scaler)
     resumed = state.restore(checkpoints.load_latest())
+    check_same_step(resumed.global_step)
     history = History(TRAINING, resumed.points, is_main)
     previews = PreviewLatents(TRAINING / "previews", samples, options, resumed.previews, is_main)
-    preview = functools.partial(previews.add, forward, sampling, conditioning, data.largest_shape, device)
+    preview = functools.partial(previews.add, forward, sampling, conditioning, data.main_shape, device)
 
     def parts_of(global_step: int) -> list[Part]:
         batch = draw_batch(data, options, global_step, scheduler.config.num_train_timesteps)
@@ -141,7 +144,7 @@ def main(params: Params) -> None:
                 options,
             )  # fmt: skip
         for part, (raw, weights) in zip(parts, losses, strict=True):
-            unchecked.append(StepLosses(global_step, part.batch, raw, weights))
+            unchecked.append(StepLosses(global_step, part.batch, raw, weights, grad_norm))
         learning_rate = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
         if ema:
@@ -155,16 +158,17 @@ def main(params: Params) -> None:
         if not (validate or save or due(options.log_every_steps) or due(options.preview_every_steps)):
             continue
         with speed.paused(), memory_advice(options, checkpoints):
-            check_finite(unchecked, float(grad_norm), data.sample_ids, checkpoints, options)
+            check_finite(unchecked, data.sample_ids, checkpoints, options)
             point = mean_losses(accelerator, unchecked) | {"lr": float(learning_rate)}
             if grad_norm.isfinite():
                 point["grad_norm"] = float(grad_norm)
             unchecked.clear()
             if validate:
                 with averaged(ema, options.validate_ema):
-                    point |= validation_losses(
+                    found = validation_losses(
                         forward, scheduler, latents, conditioning, samples, params.validation, device
-                    ).summary()
+                    )
+                point |= of_first_process(checked(found.summary(), num_steps, checkpoints))
             history.log(num_steps, point)
             if history.best_step == num_steps and is_main:
                 with averaged(ema, options.export_ema):
@@ -174,7 +178,11 @@ def main(params: Params) -> None:
                     preview(num_steps)
             stop = history.has_stalled(options.early_stopping_patience)
             if (save or stop) and is_main:
-                outputs = {"points": history.points, "previews": previews.latents_of}
+                outputs = {
+                    "points": history.points,
+                    "previews": previews.latents_of,
+                    "best_step": history.best_step,
+                }
                 checkpoints.save(num_steps, {**outputs, **state.capture()})
         if stop:
             break
@@ -190,7 +198,6 @@ def main(params: Params) -> None:
 
 def start_accelerator(options: Train) -> Accelerator:
     """Devices, processes and precision, as `accelerate` and the params configure them."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.allow_tf32
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else accelerate takes each of several for the only one
         mixed_precision=options.mixed_precision,
@@ -201,6 +208,8 @@ def start_accelerator(options: Train) -> Accelerator:
             f"params.yaml: train.mixed_precision fp16 needs a GPU, this is {accelerator.device}; "
             'use bf16 or "no"'
         )
+    check_launch(accelerator, options)
+    use_same_kernels(options.allow_tf32)
     return accelerator
 
 

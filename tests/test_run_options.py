@@ -78,7 +78,7 @@ def test_data_read_from_disk_gives_the_run_of_data_in_memory(encoded):
 def test_more_memory_is_no_other_run(encoded, monkeypatch):
     run_train()
     monkeypatch.setattr(train, "train_step", None)
-    run_train(max_resident_bytes=0, checkpoint_every_steps=5)
+    run_train(max_resident_bytes=0)
     assert len(list(Path(".work/train").iterdir())) == 1
 
 
@@ -94,10 +94,11 @@ def test_every_other_value_is_another_run(encoded):
     runs = {}
     for section in ("train", "validation"):
         for field in dataclasses.fields(getattr(params, section)):
-            values = dataclasses.replace(getattr(params, section), **{field.name: "another"})
+            another = {"lora_rank": 3}.get(field.name, "another")  # adapters bring peft's version with them
+            values = dataclasses.replace(getattr(params, section), **{field.name: another})
             runs[field.name] = run(dataclasses.replace(params, **{section: values}))
     same = {name for name, found in runs.items() if found == run(params)}
-    assert same == {"checkpoint_every_steps", "export", "max_resident_bytes"}
+    assert same == {"export", "max_resident_bytes"}
 
 
 @pytest.mark.parametrize(("device", "num_ahead"), [("cpu", 0), ("cuda", NUM_AHEAD)])
@@ -190,6 +191,13 @@ def test_epochs_are_counted_in_batches(encoded):
     assert max(curve("lr")) == 3 * num_samples // 4
 
 
+def test_epochs_that_make_no_step_or_end_in_the_warm_up_are_refused(encoded):
+    with pytest.raises(StageError, match="make 0 steps of train_batch_size 100"):
+        run_train(max_train_steps=None, num_train_epochs=1, train_batch_size=100, lr_warmup_steps=0)
+    with pytest.raises(StageError, match="no fewer than lr_warmup_steps 50"):
+        run_train(max_train_steps=None, num_train_epochs=3, lr_warmup_steps=50)
+
+
 def points(*losses: float) -> list[tuple[int, dict[str, float]]]:
     return [(10 * (index + 1), {"validation_loss": loss}) for index, loss in enumerate(losses)]
 
@@ -249,11 +257,26 @@ def test_the_best_weights_are_those_of_the_best_step(encoded, monkeypatch):
     assert all(torch.equal(value, best[name]) for name, value in weights().items())
 
 
+def test_a_best_that_no_checkpoint_knows_of_replaces_none(encoded, monkeypatch):
+    """A kill between the best weights and the next checkpoint, and a run that goes on differently."""
+    scripted_losses(monkeypatch, 3.0, 1.0, 2.0)
+    run_train(validation_every_steps=2)
+    (directory,) = Path(".work/train").iterdir()
+    assert [path.name for path in directory.glob("best-*")] == ["best-00000004.pt"]
+    checkpoints = Checkpoints(Path(".work"), directory.name)
+    checkpoints.save_best(5, [torch.nn.Parameter(torch.zeros(1))])
+    assert len(list(directory.glob("best-*"))) == 2
+    monkeypatch.setattr(train, "train_step", None)
+    run_train(validation_every_steps=2, export="best")
+
+
 def test_a_lost_best_is_an_error_with_a_remedy(encoded, monkeypatch):
     run_train()
-    (best,) = Path(".work/train").rglob("best.pt")
+    (best,) = Path(".work/train").rglob("best-*.pt")
     best.write_bytes(best.read_bytes()[:500])
-    with pytest.raises(StageError, match=r"best\.pt: cannot be read .*remove .* and run `dvc repro train`"):
+    with pytest.raises(
+        StageError, match=r"best-00000006\.pt: cannot be read .*remove .* and run `dvc repro train`"
+    ):
         run_train(export="best")
 
 
@@ -315,6 +338,42 @@ def test_activations_are_computed_again_only_if_asked_for(encoded):
     assert not build_unet(Path("data/base"), options).is_gradient_checkpointing
     options = dataclasses.replace(options, gradient_checkpointing=True)
     assert build_unet(Path("data/base"), options).is_gradient_checkpointing
+
+
+def test_the_gradient_is_clipped_to_its_norm(encoded):
+    """With a plain Adam step clipping hardly shows in the weights, so look at what is clipped."""
+    seen = []
+    clip = Accelerator.clip_grad_norm_
+
+    def watched(self, parameters, max_norm):
+        parameters = list(parameters)
+        norm = clip(self, parameters, max_norm)
+        seen.append(torch.stack([p.grad.norm() for p in parameters]).norm())
+        return norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Accelerator, "clip_grad_norm_", watched)
+        run_train(max_grad_norm=1e-3, max_train_steps=2)
+    assert torch.stack(seen).tolist() == pytest.approx([1e-3] * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_memory_format_kernels_and_compilation_are_as_asked_for(encoded, monkeypatch, channels_last):
+    step, seen = train.train_step, []
+
+    def watched(accelerator, model, *arguments):
+        weight = model.down_blocks[0].resnets[0].conv1.weight
+        seen.append(weight.is_contiguous(memory_format=torch.channels_last))
+        seen.append(torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32)
+        return step(accelerator, model, *arguments)
+
+    compiled = []
+    monkeypatch.setattr(train, "train_step", watched)
+    monkeypatch.setattr(UNet2DConditionModel, "compile", lambda unet: compiled.append(unet))
+    changes = {"max_train_steps": 1, "lr_warmup_steps": 0, "channels_last": channels_last}
+    run_train(**changes, allow_tf32=channels_last, torch_compile=channels_last)
+    assert seen == [channels_last, channels_last]
+    assert len(compiled) == channels_last
 
 
 @pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"optimizer": "adafactor"}])
@@ -461,6 +520,34 @@ def test_out_of_memory_ends_with_advice_and_keeps_the_checkpoint(encoded, monkey
     assert "gradient_checkpointing to true" in message
     assert "last good checkpoint: " in message
     assert "step-00000002.pt" in message
+
+
+def test_a_non_finite_validation_loss_stops_before_a_checkpoint(encoded, monkeypatch):
+    scripted_losses(monkeypatch, float("nan"))
+    with pytest.raises(
+        StageError, match=r"non-finite validation_loss after 3 steps; last good checkpoint: .*step-0"
+    ):
+        run_train()
+
+
+def test_a_non_finite_gradient_between_two_looks_is_named(encoded, monkeypatch):
+    step, calls = train.train_step, []
+
+    def spoilt(*arguments):
+        losses, grad_norm = step(*arguments)
+        calls.append(None)
+        return losses, grad_norm * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(train, "train_step", spoilt)
+    with pytest.raises(StageError, match=r"non-finite gradient at step 1: (\S+ \(timestep \d+\)(, )?){4};"):
+        every = {f"{name}_every_steps": 4 for name in ("log", "checkpoint", "validation", "preview")}
+        run_train(**every, gradient_accumulation_steps=2)
+
+
+def test_accelerates_own_accumulation_is_refused(encoded, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    with pytest.raises(StageError, match=r"ACCELERATE_GRADIENT_ACCUMULATION_STEPS: expected .* 1, got 3"):
+        run_train()
 
 
 def test_other_errors_are_no_matter_of_memory(tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from stages.lib.base_model import BASE, load_vae
+from stages.lib.devices import use_same_kernels
 from stages.lib.pixels import scaled_pixels
 from stages.lib.work import Row
 
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 
 def place_vae(device: str, dtype: str) -> AutoencoderKL:
     """The base's VAE on ``device`` in ``dtype``, with kernels that give the same bytes each time."""
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    use_same_kernels()
     vae = load_vae(BASE).to(device, memory_format=torch.channels_last)
     return vae if dtype == "float32" else vae.to(getattr(torch, dtype))
 

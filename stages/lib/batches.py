@@ -52,15 +52,14 @@ class TrainingSet:
         ]
 
     @property
-    def largest_shape(self) -> tuple[int, ...]:
+    def main_shape(self) -> tuple[int, ...]:
         """(4, h, w) of the bucket with most samples."""
         numbers = range(len(self.members))
         return tuple(self.latent_shapes[max(numbers, key=lambda number: len(self.members[number]))])
 
-    def num_steps(self, options: Train) -> int:
-        """Optimizer steps of ``num_train_epochs``; what fills no batch of one shape is left to the next."""
-        sizes = tuple(map(len, self.members))
-        return _first_step(sizes, options.train_batch_size, options.num_train_epochs or 0)
+    def num_steps(self, num_epochs: int, batch_size: int) -> int:
+        """Optimizer steps of some epochs; what fills no batch of one shape is left to the next."""
+        return _first_step(tuple(map(len, self.members)), batch_size, num_epochs)
 
 
 def training_set(samples: list[SampleCaptions], latents: Latents, conditioning: Conditioning) -> TrainingSet:
@@ -84,6 +83,26 @@ def training_set(samples: list[SampleCaptions], latents: Latents, conditioning: 
         buckets=latents.bucket_of(rows),
         latent_shapes=[bucket.mean.shape[2:] for bucket in latents.buckets],
     )
+
+
+def num_train_steps(options: Train, data: TrainingSet) -> int:
+    """Optimizer steps of the whole run, given in steps or in epochs.
+
+    Raises:
+        StageError: if the epochs fill no batch, or end before the warm-up does.
+    """
+    if options.num_train_epochs is None:
+        assert options.max_train_steps is not None  # params are validated: one of the two is given
+        return options.max_train_steps
+    num_steps = data.num_steps(options.num_train_epochs, options.train_batch_size)
+    if not num_steps or num_steps < options.lr_warmup_steps:
+        raise StageError(
+            f"params.yaml: train.num_train_epochs {options.num_train_epochs} of {len(data.sample_ids)} "
+            f"samples make {num_steps} steps of train_batch_size {options.train_batch_size}: expected at "
+            f"least one, and no fewer than lr_warmup_steps {options.lr_warmup_steps}; "
+            "set more epochs or a shorter warm-up"
+        )
+    return num_steps
 
 
 def parts_of_process(options: Train, process_index: int, num_processes: int) -> tuple[range, int]:

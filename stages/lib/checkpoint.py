@@ -87,7 +87,6 @@ class Checkpoints:
     def __init__(self, root: Path, run_fingerprint: str) -> None:
         self._root = root
         self.directory = root / "train" / run_fingerprint[:20]
-        self._best = self.directory / "best.pt"
         self._use = use(self.directory)
         remove_partials(self.directory)
 
@@ -101,46 +100,54 @@ class Checkpoints:
         with open_atomically(path) as handle:
             torch.save({"global_step": global_step, **state}, handle)
         mark_used(path)
-        for old in self.paths()[:-KEPT]:
+        for old in [*self.paths()[:-KEPT], *self._outdated_best(state.get("best_step"))]:
             old.unlink(missing_ok=True)  # the same run elsewhere may have done it
         trim(self._root)
         return path
 
     def save_best(self, global_step: int, parameters: list[torch.nn.Parameter]) -> None:
-        """Keep the weights with the best validation loss so far, beside the checkpoints."""
-        with open_atomically(self._best) as handle:
-            weights = [parameter.detach() for parameter in parameters]
-            torch.save({"global_step": global_step, "weights": weights}, handle)
-        mark_used(self._best)
+        """Keep the weights with the best validation loss so far, beside the checkpoints.
+
+        Those that were best before stay until a checkpoint knows of these: a kill may lie between.
+        """
+        path = self._best(global_step)
+        with open_atomically(path) as handle:
+            torch.save({"weights": [parameter.detach() for parameter in parameters]}, handle)
+        mark_used(path)
 
     def load_best(self, global_step: int | None) -> list[torch.Tensor]:
         """The weights of `save_best`.
 
         Raises:
-            StageError: if there are none because no sample is held out (``global_step`` is None), if
-                they cannot be read, or are those of another step than ``global_step``.
+            StageError: if there are none because no sample is held out (``global_step`` is None), or
+                they cannot be read.
         """
         if global_step is None:
             raise StageError(
                 "params.yaml: train.export best needs held-out samples, there are none; "
                 "set prepare.validation_fraction above 0, or train.export to last"
             )
+        path = self._best(global_step)
         try:
-            best = torch.load(self._best, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)["weights"]
         except Exception as error:  # torch raises a dozen types for a damaged archive
-            raise StageError(f"{self._best}: cannot be read ({error}); {self._anew()}") from error
-        if best["global_step"] != global_step:
-            found = best["global_step"]
-            raise StageError(f"{self._best}: expected step {global_step}, got {found}; {self._anew()}")
-        return best["weights"]
+            raise StageError(
+                f"{path}: cannot be read ({error}); remove {self.directory} and run `dvc repro train` "
+                "to train anew"
+            ) from error
 
     def kept(self) -> str:
         """What of the run is safe, as the end of a message."""
         paths = self.paths()
         return f"last good checkpoint: {paths[-1] if paths else 'none yet'}"
 
-    def _anew(self) -> str:
-        return f"remove {self.directory} and run `dvc repro train` to train anew"
+    def _best(self, global_step: int) -> Path:
+        return self.directory / f"best-{global_step:08d}.pt"
+
+    def _outdated_best(self, best_step: int | None) -> list[Path]:
+        if best_step is None:
+            return []
+        return [path for path in self.directory.glob("best-*.pt") if path != self._best(best_step)]
 
     def load_latest(self) -> dict[str, Any] | None:
         """The newest state that can be read; a damaged one is left out with a warning."""

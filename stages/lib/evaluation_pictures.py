@@ -154,7 +154,7 @@ def nearest_pairs(
     found = read_images(images, dict.fromkeys(sample_id for _, sample_id, _ in pairs))
     rows = [
         Row(
-            f"{made.caption}: {sample_id}, cosine {cosine:.3f}",
+            f"cosine {cosine:.3f}, {sample_id}: {made.caption}",
             [Image.open(made.path), open_image(found[sample_id])],
         )
         for made, sample_id, cosine in pairs

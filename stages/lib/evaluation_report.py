@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,16 @@ from stages.lib.measurements import Measurements, Reference
 from stages.lib.params import Evaluate
 
 Estimate = dict[str, float | None]
+MIN_LABELS = 5  # of fewer a bootstrap says next to nothing
+SUMMARY = (
+    "base_validation_loss",
+    "tuned_validation_loss",
+    "validation_loss_change",
+    "tuned_clip_score",
+    "tuned_kid",
+    "tuned_cmmd",
+    "tuned_memorised_share",
+)
 _CLIP_METRICS = {
     "clip_score": ("CLIP score", "higher"),
     "clip_image_similarity": ("CLIP similarity to the training set", "higher"),
@@ -102,6 +112,11 @@ def compared_numbers(entries: Sequence[dict[str, Any]]) -> dict[str, float | Non
     return numbers
 
 
+def summary_of(numbers: Mapping[str, float | None]) -> dict[str, float | None]:
+    """data/evaluation/summary.json: the few of `compared_numbers` that `dvc exp show` has columns for."""
+    return {name: numbers[name] for name in SUMMARY}
+
+
 def nearest_training_images(measurements: Measurements, reference: Reference) -> Nearest:
     """Of every picture that the UNet made."""
     assert measurements.picture_features is not None  # as there is a reference
@@ -135,7 +150,7 @@ def _estimate(statistic: Statistic | None, rows: Sequence[Sequence[Hashable]], o
     value = statistic(*(torch.ones(1, len(labels), dtype=torch.float64) for labels in rows)).item()
     if not math.isfinite(value):
         return UNKNOWN
-    if not rows:
+    if not rows or any(len(set(labels)) < MIN_LABELS for labels in rows):
         return {**UNKNOWN, "value": value}
     interval = bootstrap_interval(
         statistic, rows, options.bootstrap_seed, options.bootstrap_resamples, options.bootstrap_level
@@ -182,7 +197,7 @@ def _clip_metrics(
     prompted = list(captions[: len(base.caption_features)])
     yield from _likeness_metrics(reference, prompted)
     yield from _distance_metrics(reference, prompted)
-    yield _memorised_share(reference, captions, options)
+    yield _memorised_share(reference, len(prompted), options)
 
 
 def _likeness_metrics(reference: Reference, prompted: list[str]) -> Iterator[Metric]:
@@ -204,7 +219,7 @@ def _likeness_metrics(reference: Reference, prompted: list[str]) -> Iterator[Met
             name,
             label,
             better,
-            [prompted],
+            [range(len(prompted))],
             statistic,
             f"{len(prompted)} pictures of held-out captions {what}{_beside(real, '.3g')}",
             real=mean_of(real) if len(real) else None,
@@ -233,15 +248,17 @@ def _distance_metrics(reference: Reference, prompted: list[str]) -> Iterator[Met
             name,
             label,
             better,
-            [prompted, range(num_held_out)] if name != "frechet_distance" else (),
+            [range(len(prompted)), range(num_held_out)] if name != "frechet_distance" else (),
             statistic if fewest >= needed else lambda unet: None,
             note,
         )
 
 
-def _memorised_share(reference: Reference, captions: Sequence[str], options: Evaluate) -> Metric:
-    def share(unet: Measurements) -> Statistic:
-        nearest = nearest_training_images(unet, reference)
+def _memorised_share(reference: Reference, num_pictures: int, options: Evaluate) -> Metric:
+    def share(unet: Measurements) -> Statistic | None:
+        if not num_pictures:
+            return None
+        nearest = nearest_images(_generated(unet), reference.training)
         return mean_of(nearest.above(options.memorisation_threshold))
 
     real = nearest_images(reference.held_out, reference.training).above(options.memorisation_threshold)
@@ -250,10 +267,10 @@ def _memorised_share(reference: Reference, captions: Sequence[str], options: Eva
         "memorised_share",
         label,
         better,
-        [list(captions)],
+        [range(num_pictures)],
         share,
-        f"share of {len(captions)} pictures whose nearest training image has a cosine above "
-        f"{options.memorisation_threshold:g}{_beside(real, '.0%')}",
+        f"share of {num_pictures} pictures of held-out captions whose nearest training image has a "
+        f"cosine above {options.memorisation_threshold:g}{_beside(real, '.0%')}",
         real=mean_of(real) if len(real) else None,
         real_rows=[range(len(real))],
     )

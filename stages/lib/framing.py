@@ -108,6 +108,17 @@ def allowed_sizes(options: EncodeImages) -> list[Size]:
     return auto_sizes(options.resolution, options.bucket_step, options.max_aspect)
 
 
+def nominal_resolution(options: EncodeImages, factor: int) -> int:
+    """Side of the square that stands for all shapes, in pixels, a multiple of the VAE's ``factor``.
+
+    ``resolution``; with ``buckets: sizes``, which leaves that aside, of the median of their areas.
+    """
+    if options.buckets != "sizes":
+        return options.resolution
+    areas = sorted(width * height for width, height in options.bucket_sizes)
+    return max(1, round(math.sqrt(areas[len(areas) // 2]) / factor)) * factor
+
+
 def auto_sizes(resolution: int, step: int, max_aspect: float) -> list[Size]:
     """Every shape whose sides are multiples of ``step``, with at most resolution ** 2 pixels.
 

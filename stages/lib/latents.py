@@ -48,7 +48,7 @@ class Latents:
     Attributes:
         buckets: one for each shape; only one where all images are cropped to a square.
         left_out: names of the images that are in no bucket, because none fits.
-        resolution: pixels; with buckets the side of a square of as many pixels.
+        resolution: pixels; with several shapes the side of a square that stands for them.
         scaling_factor: of the VAE's config, 0.18215 for SD 1 and 2.
         shift_factor: of the VAE's config, 0 where it has none.
         model_fingerprint: of the VAE.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +19,7 @@ from stages.lib.stage_run import code_fingerprint
 from stages.lib.work import environment, fingerprint
 
 # Parameters of `train` that change no weight and no curve: a run goes on under another value of them.
-WITHOUT_EFFECT = ("checkpoint_every_steps", "export", "max_resident_bytes")
+WITHOUT_EFFECT = ("export", "max_resident_bytes")
 
 
 def lineage_of(
@@ -47,13 +48,16 @@ def run_fingerprint(lineage: dict[str, str], accelerator: Accelerator) -> str:
     sections = json.loads(lineage["params"])
     for name in WITHOUT_EFFECT:
         del sections["train"][name]
-    return fingerprint([{**lineage, "params": sections}, _machine(accelerator), code_fingerprint()])
+    machine = _machine(accelerator, sections["train"])
+    return fingerprint([{**lineage, "params": sections}, machine, code_fingerprint()])
 
 
-def _machine(accelerator: Accelerator) -> dict[str, str | int]:
+def _machine(accelerator: Accelerator, train: dict[str, Any]) -> dict[str, str | int]:
     """What changes floating-point results, so that a checkpoint is resumed only where it was made."""
+    adapters = [] if train["lora_rank"] is None else ["peft"]
+    eight_bit = ["bitsandbytes"] if train["optimizer"] == "adamw_8bit" else []
     return {
-        **environment("diffusers", "accelerate", "transformers"),
+        **environment("diffusers", "accelerate", "transformers", *adapters, *eight_bit),
         "device": accelerator.device.type,
         "num_threads": torch.get_num_threads(),
         "num_processes": accelerator.num_processes,

@@ -75,7 +75,7 @@ def measure_unet(
     return Measurements(
         losses=losses,
         prediction_type=scheduler.config.prediction_type,
-        alphas_cumprod=scheduler.alphas_cumprod,
+        alphas_cumprod=scheduler.alphas_cumprod.cpu(),  # add_noise moves it to the samples' device
         picture_features=None if clip is None else image_features(clip, map(Image.open, pictures)),
         caption_features=None if clip is None else text_features(clip, captions),
     )

@@ -11,6 +11,9 @@ from stages.lib.checkpoint import Checkpoints
 from stages.lib.errors import StageError
 from stages.lib.params import Train
 
+# On the CPU, and from CUDA's own libraries, torch raises a plain RuntimeError.
+_TEXTS = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
+
 
 @contextlib.contextmanager
 def memory_advice(options: Train, checkpoints: Checkpoints) -> Iterator[None]:
@@ -33,11 +36,10 @@ def memory_advice(options: Train, checkpoints: Checkpoints) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # On the CPU torch raises a plain RuntimeError.
     return (
         not isinstance(error, RuntimeError)
         or isinstance(error, torch.OutOfMemoryError)
-        or ("not enough memory" in str(error) or "can't allocate memory" in str(error))
+        or (any(text in str(error) for text in _TEXTS))
     )
 
 

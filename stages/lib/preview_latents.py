@@ -111,7 +111,7 @@ def sample_previews(
     rows = torch.cat(
         [torch.full((len(captions),), conditioning.empty_row), conditioning.rows(captions)]
     )  # without, with caption
-    encoder_hidden_states = conditioning.states(rows, device)  # (2 P, 77, D)
+    encoder_hidden_states = conditioning.states(rows, device)  # (2 P, num_chunks * 77, D)
     noise = [
         torch.randn(shape, generator=generator(options.seed, "preview", index))
         for index in range(len(captions))

@@ -50,6 +50,8 @@ class Speed:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Validation and files are no training steps."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the steps before are still running
         self.seconds += time.monotonic() - self._last
         yield
         self._last = time.monotonic()

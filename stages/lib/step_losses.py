@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -23,12 +24,14 @@ class StepLosses:
         batch: this forward pass's part of the step's batch.
         losses: (B,) float32, unweighted.
         weights: (B,) float32.
+        grad_norm: of the whole step, before clipping, a scalar.
     """
 
     global_step: int
     batch: Batch
     losses: torch.Tensor
     weights: torch.Tensor
+    grad_norm: torch.Tensor
 
 
 def mean_losses(accelerator: Accelerator, steps: list[StepLosses]) -> dict[str, float]:
@@ -40,13 +43,12 @@ def mean_losses(accelerator: Accelerator, steps: list[StepLosses]) -> dict[str, 
 
 
 def check_finite(
-    steps: list[StepLosses], grad_norm: float, sample_ids: list[str], checkpoints: Checkpoints, options: Train
+    steps: list[StepLosses], sample_ids: list[str], checkpoints: Checkpoints, options: Train
 ) -> None:
     """Raise StageError naming the first step and samples whose loss or gradient is not finite.
 
     Args:
-        steps: since the last look.
-        grad_norm: of the last step, before clipping.
+        steps: since the last look, in order.
         sample_ids: of the training set.
         checkpoints: what is safe.
         options: what may be at fault.
@@ -54,17 +56,32 @@ def check_finite(
     remedy = f"{checkpoints.kept()}; lower train.learning_rate" + (
         "" if options.mixed_precision == "no" else ', or set train.mixed_precision to bf16 or "no"'
     )
-    for step in steps:
-        bad = (~step.losses.isfinite()).nonzero().flatten().tolist()
+    for global_step, parts in itertools.groupby(steps, key=lambda step: step.global_step):
+        this = list(parts)
+        bad = [pair for step in this for pair in _pairs(step, ~step.losses.isfinite())]
+        what = "loss"
+        # The loss scaler of fp16 finds its scale by overflowing now and then, and skips those steps.
+        if not bad and options.mixed_precision != "fp16" and not this[0].grad_norm.isfinite():
+            bad = [pair for step in this for pair in _pairs(step, torch.ones_like(step.losses).bool())]
+            what = "gradient"
         if bad:
-            timesteps = step.batch.timesteps.tolist()
-            culprits = ", ".join(
-                f"{sample_ids[step.batch.samples[i]]} (timestep {timesteps[i]})" for i in bad
-            )
-            raise StageError(f"non-finite loss at step {step.global_step}: {culprits}; {remedy}")
-    # The loss scaler of fp16 finds its scale by overflowing now and then, and skips those steps.
-    if not math.isfinite(grad_norm) and options.mixed_precision != "fp16":
-        last = steps[-1]
-        pairs = zip(last.batch.samples.tolist(), last.batch.timesteps.tolist(), strict=True)
-        culprits = ", ".join(f"{sample_ids[sample]} (timestep {timestep})" for sample, timestep in pairs)
-        raise StageError(f"non-finite gradient at step {last.global_step}: {culprits}; {remedy}")
+            culprits = ", ".join(f"{sample_ids[sample]} (timestep {timestep})" for sample, timestep in bad)
+            raise StageError(f"non-finite {what} at step {global_step}: {culprits}; {remedy}")
+
+
+def checked(summary: dict[str, float], num_steps: int, checkpoints: Checkpoints) -> dict[str, float]:
+    """``summary`` of validation losses; raises StageError if one is not finite."""
+    bad = [name for name, value in summary.items() if not math.isfinite(value)]
+    if bad:
+        raise StageError(
+            f"non-finite {', '.join(bad)} after {num_steps} steps; {checkpoints.kept()}; "
+            "lower train.learning_rate"
+        )
+    return summary
+
+
+def _pairs(step: StepLosses, chosen: torch.Tensor) -> list[tuple[int, int]]:
+    """Sample and timestep of the chosen (B,) of a forward pass."""
+    chosen = chosen.cpu()
+    samples, timesteps = step.batch.samples[chosen].tolist(), step.batch.timesteps[chosen].tolist()
+    return list(zip(samples, timesteps, strict=True))

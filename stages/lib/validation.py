@@ -96,7 +96,7 @@ def validation_losses(
             mean, logvar, torch.zeros(mean.shape, device=device), latents.scaling_factor, latents.shift_factor
         )
         caption_rows = conditioning.rows([sample.captions[0] for sample in batch])
-        encoder_hidden_states = conditioning.states(caption_rows, device)  # (B, 77, D)
+        encoder_hidden_states = conditioning.states(caption_rows, device)  # (B, num_chunks * 77, D)
         for column, timestep in enumerate(timesteps):
             noise = torch.stack(
                 [
@@ -112,7 +112,7 @@ def validation_losses(
             noisy_latents = scheduler.add_noise(mode, noise, steps)
             target = denoising_target(scheduler, mode, noise, steps)
             model_pred = forward(noisy_latents, steps, encoder_hidden_states).sample
-            found = sample_losses(model_pred, target).double().cpu()
+            found = sample_losses(model_pred, target).cpu().double()
             losses[[row_of[sample.sample_id] for sample in batch], column] = found
     return HeldOutLosses(list(row_of), timesteps, losses, num_train_timesteps)
 

@@ -1,6 +1,6 @@
 """The work directory: where it is, who uses what in it, and how much it may hold.
 
-Rows lie in ``<root>/<stage>/<recipe>/*.safetensors``, checkpoints in ``<root>/train/<run>/step-*.pt``.
+Rows lie in ``<root>/<stage>/<recipe>/*.safetensors``, checkpoints in ``<root>/train/<run>/*.pt``.
 A process holds a shared lock on each such directory while it uses it; the kernel drops the lock when
 the process dies, however it dies. ``SD_WORK_MAX_BYTES`` bounds the sum of all rows and checkpoints:
 the least recently used are dropped first, and never from a directory in use.
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 USE_LOCK = "lock"
 RECIPE = "recipe.json"
 _HASH = "[0-9a-f]" * 20
-_BLOCKS, _CHECKPOINTS = "*.safetensors", "step-*.pt"
+_BLOCKS, _CHECKPOINTS = "*.safetensors", "*-????????.pt"
 
 _last_mark = 0
 

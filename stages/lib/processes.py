@@ -1,0 +1,43 @@
+"""What several training processes have to agree on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+
+from stages.lib.errors import StageError
+from stages.lib.params import Train
+
+_PLAIN = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+
+
+def check_launch(accelerator: Accelerator, options: Train) -> None:
+    """Raise StageError if accelerate's own configuration trains otherwise than params.yaml says."""
+    kind, parts = accelerator.distributed_type, accelerator.gradient_accumulation_steps
+    if kind not in _PLAIN:
+        raise StageError(
+            f"accelerate: expected one process or data-parallel ones, got {kind.value}; sharded training is "
+            "not supported: take FSDP, DeepSpeed and others out of accelerate's configuration"
+        )
+    if parts != options.gradient_accumulation_steps:
+        raise StageError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS: expected train.gradient_accumulation_steps "
+            f"{options.gradient_accumulation_steps}, got {parts}; unset it"
+        )
+
+
+def of_first_process(value: Any) -> Any:
+    """The first process's ``value``: floating-point results of another may differ in the last bit."""
+    return broadcast_object_list([value])[0]
+
+
+def check_same_step(global_step: int) -> None:
+    """Raise StageError if the processes found different checkpoints."""
+    steps = gather_object([global_step])
+    if len(set(steps)) > 1:
+        raise StageError(
+            f"checkpoints: the processes would resume at different steps, {steps}; "
+            "let SD_WORK name one directory that all of them see"
+        )
