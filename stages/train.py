@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from stages.lib.base_model import read_config
 from stages.lib.batches import draw_batch, num_train_steps, parts_of_process, training_set
@@ -43,11 +43,14 @@ from stages.lib.preview_latents import PreviewLatents
 from stages.lib.processes import check_launch, check_same_step, of_first_process
 from stages.lib.progress import progress_bar
 from stages.lib.speed import Speed
-from stages.lib.stage_run import run_stage, work_root
+from stages.lib.stage_run import leave_out, run_stage, work_root
 from stages.lib.step_losses import StepLosses, check_finite, checked, mean_losses
 from stages.lib.stores import store_bytes
 from stages.lib.unet import build_unet, check_shapes, export_unet, trained
 from stages.lib.validation import validation_losses
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 BASE, UNET, TRAINING = Path("data/base"), Path("data/unet"), Path("data/training")
 PAIRS, SPEED = Path("data/pairs/captions.parquet"), Path("data/training_speed.json")
@@ -229,5 +232,12 @@ def is_due(num_steps: int, max_train_steps: int, every: int | None) -> bool:
     return every is not None and (num_steps % every == 0 or num_steps == max_train_steps)
 
 
+def lean_main(params: Params) -> None:
+    """``main`` in a process of its own; plain AdamW needs nothing that libraries import if they find it."""
+    if params.train.lora_rank is None and params.train.optimizer == "adamw":
+        leave_out("pandas", "peft", "scipy", "transformers")
+    main(params)
+
+
 if __name__ == "__main__":
-    run_stage("train", ("train", "validation"), main, distributed=True)
+    run_stage("train", ("train", "validation"), lean_main, distributed=True)

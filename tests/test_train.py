@@ -272,6 +272,16 @@ def test_a_batch_that_cannot_be_split_is_refused(encoded):
         parts_of_process(read_params().train, 0, 3)
 
 
+def test_adapters_and_adafactor_have_their_libraries_in_a_process_of_their_own(encoded):
+    few = {"max_train_steps": 1, "lr_warmup_steps": 0}
+    write_params(train=few | {"lora_rank": 2, "optimizer": "adafactor"})
+    environment = {"PYTHONPATH": str(REPOSITORY), "SD_WORK": ".work", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-m", "stages.train"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path("data/unet/pytorch_lora_weights.safetensors").exists()
+
+
 def test_the_process_loads_no_vae_no_text_encoder_and_no_image_codec(encoded):
     write_params(train={"max_train_steps": 1, "lr_warmup_steps": 0})
     script = """
@@ -284,6 +294,8 @@ unwanted = (
 loaded = [name for name in sys.modules if name.startswith(unwanted)]
 assert not loaded, loaded
 assert "diffusers.models.unets.unet_2d_condition" in sys.modules
+found = [name for name in ("pandas", "peft", "scipy", "transformers") if sys.modules.get(name)]
+assert not found, found
 """
     environment = {"PYTHONPATH": str(REPOSITORY), "SD_WORK": ".work", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from stages.lib.stage_run import fresh_directory
 from stages.lib.work import open_atomically
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

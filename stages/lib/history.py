@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dvclive import Live
-
 TRAINING = Path("data/training")
 
 
@@ -21,6 +19,8 @@ class History:
     def __init__(self, directory: Path, points: list[tuple[int, dict[str, float]]], enabled: bool) -> None:
         self.live = None
         if enabled:
+            from dvclive import Live
+
             self.live = Live(
                 str(directory), dvcyaml=None, report=None, save_dvc_exp=False, monitor_system=False
             )

@@ -7,13 +7,16 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from stages.lib.draws import generator
 from stages.lib.errors import StageError
 from stages.lib.export import write_safetensors
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 

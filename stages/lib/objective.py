@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from stages.lib.errors import StageError
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -39,6 +41,8 @@ def training_scheduler(
             "v_prediction or sample, got epsilon: at zero signal-to-noise the noise is the input itself and "
             "nothing is learned; set train.prediction_type to v_prediction"
         )
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
     return DDPMScheduler.from_config(dict(config), prediction_type=predicted, rescale_betas_zero_snr=rescaled)
 
 

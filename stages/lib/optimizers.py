@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Protocol
 
 import torch
-from diffusers.optimization import get_scheduler
 
 from stages.lib.errors import StageError
 
@@ -81,6 +80,8 @@ def build_lr_schedule(
     ``cosine_with_restarts``, ``lr_num_cycles`` of these; ``polynomial``, to 1e-7 by
     ``lr_power``. All are diffusers' own.
     """
+    from diffusers.optimization import get_scheduler
+
     # diffusers' plain "constant" leaves the warm-up out.
     names = {"constant": "constant_with_warmup"}
     return get_scheduler(

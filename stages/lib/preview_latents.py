@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from stages.lib.conditioning import Conditioning
 from stages.lib.draws import generator
@@ -106,6 +105,8 @@ def sample_previews(
         options: seed and guidance.
         device: of the UNet.
     """
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
     sampler = DDIMScheduler.from_config(dict(config), clip_sample=False)
     sampler.set_timesteps(NUM_INFERENCE_STEPS)
     rows = torch.cat(

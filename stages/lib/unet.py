@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from stages.lib.base_model import load_unet
 from stages.lib.conditioning import Conditioning
@@ -17,6 +16,9 @@ from stages.lib.latents import Latents
 from stages.lib.lora import add_lora, merge_lora, save_lora
 from stages.lib.params import Train
 from stages.lib.stage_run import write_json
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 
 def build_unet(base: Path, options: Train) -> UNet2DConditionModel:

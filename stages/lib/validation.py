@@ -6,10 +6,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from stages.lib.conditioning import Conditioning
 from stages.lib.draws import generator
@@ -17,6 +16,9 @@ from stages.lib.latents import Latents, sample_latents
 from stages.lib.objective import denoising_target, sample_losses
 from stages.lib.pairs import SampleCaptions
 from stages.lib.params import Validation
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 NUM_BINS = 4  # of the noise schedule, whose losses are told apart
 
