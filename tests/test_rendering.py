@@ -103,6 +103,17 @@ def test_the_path_ends_in_the_picture(project):
     assert np.array_equal(np.stack([np.asarray(picture, int) for picture in last]), pixels(plain))
 
 
+def test_a_vae_with_a_shift_is_given_unshifted_latents(project):
+    edit_json(BASE / "vae/config.json", shift_factor=0.25)
+    renderer = renderer_of()
+    (rendered,) = render(renderer, Setting("ddim", 3.0, 4), REQUESTS[:1], "pictures", every_steps=4)
+    vae = AutoencoderKL.from_pretrained(BASE / "vae")
+    with torch.inference_mode():
+        decoded = vae.decode(rendered.path[-1][None] / vae.config.scaling_factor + 0.25).sample
+    expected = ((decoded[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).round().numpy()
+    assert np.abs(expected - np.asarray(rendered.picture, int)).max() <= 1
+
+
 def test_latents_of_several_shapes_are_decoded_in_order(project):
     renderer = renderer_of(2)
     shapes = [(4, 8, 8), (4, 16, 8), (4, 8, 8), (4, 8, 8)]

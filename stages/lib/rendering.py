@@ -208,7 +208,7 @@ def _render_batch(
             kept.append(tensors["latents"].clone())
         return {}
 
-    pictures = renderer.pipeline(
+    final = renderer.pipeline(
         prompt_embeds=torch.stack([renderer.prompt_embeds[request.prompt] for request in padded]),
         negative_prompt_embeds=negative.expand(len(padded), -1, -1),
         generator=[torch.Generator().manual_seed(request.seed) for request in padded],
@@ -217,7 +217,9 @@ def _render_batch(
         height=renderer.resolution,
         width=renderer.resolution,
         callback_on_step_end=keep,
-    ).images
+        output_type="latent",  # the pipeline's own decoding leaves out a VAE's shift_factor
+    ).images  # (B, 4, h, w)
+    pictures = decode(renderer, list(final[: len(batch)]))
     return [Rendered(pictures[row], [latents[row] for latents in kept]) for row in range(len(batch))]
 
 
