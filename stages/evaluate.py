@@ -3,7 +3,7 @@
 `python -m stages.evaluate baseline` is the stage baseline, `python -m stages.evaluate tuned` evaluate.
 
 Reads  data/base, data/latents.zarr, data/captions.zarr, data/pairs; tuned: data/unet, data/training/previews,
-       data/baseline
+       data/baseline; the file of evaluate.inception_weights, if any
 Writes data/baseline: samples/, metric_samples/, denoising.png, contact_sheet.png, measurements.safetensors,
        metrics.json
        data/evaluation: samples/, metric_samples/, grids/ with base and trained side by side, sweep.png,
@@ -22,6 +22,7 @@ from stages.lib.base_model import BASE
 from stages.lib.clip_features import Clip, load_clip
 from stages.lib.conditioning import check_text_encoder, read_conditioning
 from stages.lib.devices import use_same_kernels
+from stages.lib.errors import StageError
 from stages.lib.evaluation_pictures import (
     MadePicture,
     contact_sheet,
@@ -44,6 +45,7 @@ from stages.lib.evaluation_report import (
     summary_of,
 )
 from stages.lib.grids import draw_message
+from stages.lib.inception_features import Inception, load_inception
 from stages.lib.latents import check_vae, read_latents
 from stages.lib.measurements import (
     Measurements,
@@ -80,6 +82,7 @@ def main(params: Params, stage: str) -> None:
     check_text_encoder(conditioning, BASE / "text_encoder")
     samples = latents.encoded(read_captions(Path("data/pairs/captions.parquet")))
     clip = clip_of_the_base()
+    inception = inception_for_fid(options, clip)
     chosen = metric_samples(samples, options.num_metric_samples) if clip else []
     captions = [sample.captions[0] for sample in chosen]
     renderer = load_renderer(
@@ -98,10 +101,11 @@ def main(params: Params, stage: str) -> None:
     losses = validation_losses(forward, scheduler, latents, conditioning, samples, params.validation, device)
     pictures = save_metric_pictures(renderer, options, chosen, output / "metric_samples")
     pictures += save_samples(renderer, options, output)
-    measured = measure_unet(losses, scheduler, clip, [made.path for made in pictures], captions)
+    measured = measure_unet(losses, scheduler, clip, inception, [made.path for made in pictures], captions)
 
     if is_tuned:
         base, reference = read_measurements(BASELINE / "measurements.safetensors")
+        check_same_inception(base, measured)
         learning(renderer, PREVIEWS).save(EVALUATION / "learning.png")
         draw_beside_base(options, samples)
         memorised = draw_nearest(options, samples, pictures, measured, reference)
@@ -112,7 +116,7 @@ def main(params: Params, stage: str) -> None:
         write_json(EVALUATION / "metrics.json", numbers)
         write_json(EVALUATION / "summary.json", summary_of(numbers))
     else:
-        reference = measure_data(clip, samples, IMAGES, latents.resolution) if clip else None
+        reference = measure_data(clip, inception, samples, IMAGES, latents.resolution) if clip else None
         write_measurements(BASELINE / "measurements.safetensors", measured, reference)
         contact_sheet(renderer, options, samples, latents, IMAGES).save(BASELINE / "contact_sheet.png")
         metrics = metrics_of(measured, reference, [made.caption for made in pictures], options)
@@ -124,6 +128,25 @@ def clip_of_the_base() -> Clip | None:
         return load_clip(CLIP)
     logger.info("%s: not there, so metrics on CLIP features are left out; see fetch_base.clip_source", CLIP)
     return None
+
+
+def inception_for_fid(options: Evaluate, clip: Clip | None) -> Inception | None:
+    if options.inception_weights is None:
+        return None
+    if clip is None:
+        raise StageError(
+            "evaluate.inception_weights: FID is measured on the pictures that CLIP's metrics are, and "
+            "data/base has no clip/; set fetch_base.clip_source, or inception_weights to null"
+        )
+    return load_inception(Path(options.inception_weights))
+
+
+def check_same_inception(base: Measurements, tuned: Measurements) -> None:
+    if base.inception_fingerprint != tuned.inception_fingerprint:
+        raise StageError(
+            "evaluate.inception_weights: the file is not the one that data/baseline was measured with; "
+            "run `dvc repro -f -s baseline`, then `dvc repro`"
+        )
 
 
 def draw_beside_base(options: Evaluate, samples: list[SampleCaptions]) -> None:

@@ -108,6 +108,37 @@ def test_every_number_equals_a_computation_by_hand(case):
                 assert entry[part]["low"] <= entry[part]["value"] <= entry[part]["high"]
 
 
+def test_what_a_mean_is_of_is_kept_by_name(case):
+    base, tuned, _, texts = case
+    entries = report(*case)
+    means = {name for name in NAMES if name not in ("kid", "cmmd", "frechet_distance", "memorised_share")}
+    assert {name for name, entry in entries.items() if "values" in entry} == means
+    for name in means:
+        entry, values = entries[name], entries[name]["values"]
+        for unet in ("base", "tuned"):
+            assert sum(values[unet]) / len(values[unet]) == pytest.approx(entry[unet]["value"])
+    assert entries["validation_loss"]["values"]["names"] == base.losses.sample_ids
+    assert entries["clip_score"]["values"]["names"] == texts[:12]
+    row = tuned.losses.losses[7]
+    assert entries["validation_loss"]["values"]["tuned"][7] == pytest.approx(row.mean().item())
+    assert entries["validation_loss_t250_499"]["values"]["tuned"][7] == pytest.approx(row[1].item())
+
+
+def test_fid_is_there_where_inceptions_features_are(case):
+    base, tuned, reference, texts = case
+    with_features = [
+        dataclasses.replace(unet, inception_features=randn(12, 6, seed=seed) + shift)
+        for unet, seed, shift in ((base, 8, 1.0), (tuned, 9, 0.5))
+    ]
+    asked = dataclasses.replace(reference, held_out_inception=randn(40, 6, seed=10))
+    entry = report(*with_features, asked, texts)["fid"]
+    for name, unet in zip(("base", "tuned"), with_features, strict=True):
+        expected = frechet_distance(unet.inception_features, asked.held_out_inception)
+        assert entry[name] == {"value": pytest.approx(expected), "low": None, "high": None}
+    assert "fid" not in report(*case)
+    assert report(base, tuned, asked, texts)["fid"]["base"]["value"] is None  # base measured without
+
+
 def test_the_difference_is_on_the_same_resamples(case):
     loss = report(*case)["validation_loss"]
     assert loss["base"]["low"] < loss["tuned"]["high"]  # apart, the intervals overlap
@@ -217,7 +248,9 @@ def test_the_frechet_distance_waits_for_enough_pictures(case):
 def test_a_loss_that_is_not_finite_is_null(case):
     base, tuned, reference, texts = case
     diverged = measured(torch.full((40, 4), float("nan")), tuned.picture_features, tuned.caption_features)
-    entry = report(base, diverged, reference, texts)["validation_loss"]
+    entries = report(base, diverged, reference, texts)
+    json.dumps(entries, allow_nan=False)
+    entry = entries["validation_loss"]
     assert entry["tuned"]["value"] is entry["difference"]["value"] is None
     assert entry["base"]["value"] is not None
 
@@ -284,7 +317,7 @@ def test_noise_is_furthest_from_the_held_out_images(emoji, name):
 
 def test_data_are_measured_at_the_resolution_of_the_pictures(emoji, encoded):
     samples = read_captions(Path("data/pairs/captions.parquet"))
-    reference = measure_data(emoji.clip, samples, Path("data/pairs/images"), 48)
+    reference = measure_data(emoji.clip, None, samples, Path("data/pairs/images"), 48)
     for split, features in (("train", reference.training), ("validation", reference.held_out)):
         names = [sample.sample_id for sample in samples if sample.split == split]
         drawn = [Image.open(Path("images", name)) for name in names]  # 80 x 72

@@ -1,7 +1,7 @@
-"""Metrics on CLIP features: fidelity to the prompt, distance to real images, copies of training images.
+"""Metrics on features: fidelity to the prompt, distance to real images, copies of training images.
 
-Features are rows of `clip_features`, (N, D) float32, not normalised; each metric normalises as its
-source does. Sums run in float64.
+Features are rows of `clip_features`, for FID of `inception_features`: (N, D) float32, not normalised; each
+metric normalises as its source does. Sums run in float64.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def cmmd(generated: torch.Tensor, reference: torch.Tensor) -> SquaredMMD:
 
 
 def frechet_distance(generated: torch.Tensor, reference: torch.Tensor) -> float:
-    """FID (Heusel et al. 2017, equation 6) on CLIP's features: lower is better.
+    """FID (Heusel et al. 2017, equation 6) on whatever features: lower is better.
 
     ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` of means and covariances. Biased upwards by few
     pictures: for many more than D a side.

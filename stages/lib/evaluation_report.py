@@ -18,12 +18,11 @@ from stages.lib.clip_metrics import (
     kid,
     nearest_images,
 )
-from stages.lib.intervals import Statistic, bootstrap_interval, difference, mean_of
+from stages.lib.intervals import MIN_LABELS, Statistic, bootstrap_interval, difference, mean_of
 from stages.lib.measurements import Measurements, Reference
 from stages.lib.params import Evaluate
 
 Estimate = dict[str, float | None]
-MIN_LABELS = 5  # of fewer a bootstrap says next to nothing
 SUMMARY = (
     "base_validation_loss",
     "tuned_validation_loss",
@@ -57,6 +56,8 @@ class Metric:
         statistic: of a UNet's measurements; None where it cannot be computed.
         note: what it was computed from, and what to read it beside.
         real: the same of held-out images in the place of generated ones, if that says something.
+        values: of which the statistic is the mean, (N,), where runs are compared by it one by one.
+        names: of these values, N: what they were measured on.
     """
 
     name: str
@@ -67,6 +68,8 @@ class Metric:
     note: str
     real: Statistic | None = None
     real_rows: Sequence[Sequence[Hashable]] = ()
+    values: Callable[[Measurements], torch.Tensor] | None = None
+    names: Sequence[str] = ()
 
 
 def metrics_of(
@@ -141,6 +144,12 @@ def _entry(metric: Metric, base: Measurements, tuned: Measurements, options: Eva
     entry |= {"difference": _estimate(change, metric.rows, options), "note": note}
     if metric.real is not None:
         entry["real"] = _estimate(metric.real, metric.real_rows, options)
+    if metric.values is not None and None not in (entry["base"]["value"], entry["tuned"]["value"]):
+        entry["values"] = {
+            "names": list(metric.names),
+            "base": metric.values(base).tolist(),
+            "tuned": metric.values(tuned).tolist(),
+        }
     return entry
 
 
@@ -172,8 +181,8 @@ def _loss_metrics(base: Measurements) -> Iterator[Metric]:
     bins = [(f"_t{first}_{last}", f", timesteps {first} to {last}", at) for first, last, at in losses.bins()]
     for ending, part, columns in [("", "", list(timesteps)), *bins]:
 
-        def statistic(unet: Measurements, columns: list[int] = columns) -> Statistic | None:
-            return mean_of(unet.losses.losses[:, columns].mean(dim=1)) if unet.losses.sample_ids else None
+        def values(unet: Measurements, columns: list[int] = columns) -> torch.Tensor:
+            return unet.losses.losses[:, columns].mean(dim=1)
 
         note = f"{num_samples} held-out samples at {len(columns)} timesteps, the same noise for both"
         yield Metric(
@@ -181,8 +190,10 @@ def _loss_metrics(base: Measurements) -> Iterator[Metric]:
             f"Held-out loss{part}",
             "lower",
             [range(num_samples)],
-            statistic,
+            _mean(values) if num_samples else _unknown,
             note if num_samples else "no sample is held out (prepare.validation_fraction)",
+            values=values,
+            names=losses.sample_ids,
         )
 
 
@@ -192,25 +203,27 @@ def _clip_metrics(
     if reference is None or base.caption_features is None:
         note = "data/base has no clip/ to measure with (fetch_base.clip_source)"
         for name, (label, better) in _CLIP_METRICS.items():
-            yield Metric(name, label, better, (), lambda unet: None, note)
+            yield Metric(name, label, better, (), _unknown, note)
         return
     prompted = list(captions[: len(base.caption_features)])
     yield from _likeness_metrics(reference, prompted)
     yield from _distance_metrics(reference, prompted)
-    yield _memorised_share(reference, len(prompted), options)
+    if reference.held_out_inception is not None:
+        yield _fid(reference, prompted)
+    yield _memorised_share(reference, prompted, options)
 
 
 def _likeness_metrics(reference: Reference, prompted: list[str]) -> Iterator[Metric]:
-    def score(unet: Measurements) -> Statistic | None:
-        return mean_of(clip_scores(_generated(unet), _captions(unet))) if prompted else None
+    def score(unet: Measurements) -> torch.Tensor:
+        return clip_scores(_generated(unet), _captions(unet))
 
-    def similarity(unet: Measurements) -> Statistic | None:
-        return mean_of(clip_image_similarity(_generated(unet), reference.training)) if prompted else None
+    def similarity(unet: Measurements) -> torch.Tensor:
+        return clip_image_similarity(_generated(unet), reference.training)
 
     real_scores = clip_scores(reference.held_out, reference.held_out_captions)
     real_similarity = clip_image_similarity(reference.held_out, reference.training)
     to_training = f"to {len(reference.training)} training images"
-    for name, statistic, what, real in (
+    for name, values, what, real in (
         ("clip_score", score, "to their captions", real_scores),
         ("clip_image_similarity", similarity, to_training, real_similarity),
     ):
@@ -220,10 +233,12 @@ def _likeness_metrics(reference: Reference, prompted: list[str]) -> Iterator[Met
             label,
             better,
             [range(len(prompted))],
-            statistic,
+            _mean(values) if prompted else _unknown,
             f"{len(prompted)} pictures of held-out captions {what}{_beside(real, '.3g')}",
             real=mean_of(real) if len(real) else None,
             real_rows=[range(len(real))],
+            values=values,
+            names=prompted,
         )
 
 
@@ -241,7 +256,7 @@ def _distance_metrics(reference: Reference, prompted: list[str]) -> Iterator[Met
         ("frechet_distance", frechet, 2 * width),
     ):
         label, better = _CLIP_METRICS[name]
-        note = f"{len(prompted)} pictures of held-out captions, {num_held_out} held-out images"
+        note = _of_both(prompted, reference)
         if fewest < needed:
             note += f"; needs {needed} of both (evaluate.num_metric_samples)"
         yield Metric(
@@ -249,17 +264,30 @@ def _distance_metrics(reference: Reference, prompted: list[str]) -> Iterator[Met
             label,
             better,
             [range(len(prompted)), range(num_held_out)] if name != "frechet_distance" else (),
-            statistic if fewest >= needed else lambda unet: None,
+            statistic if fewest >= needed else _unknown,
             note,
         )
 
 
-def _memorised_share(reference: Reference, num_pictures: int, options: Evaluate) -> Metric:
-    def share(unet: Measurements) -> Statistic | None:
-        if not num_pictures:
+def _fid(reference: Reference, prompted: list[str]) -> Metric:
+    def distance(unet: Measurements) -> Statistic | None:
+        generated, real = unet.inception_features, reference.held_out_inception
+        if generated is None or real is None or min(len(generated), len(real)) < 2:
             return None
-        nearest = nearest_images(_generated(unet), reference.training)
-        return mean_of(nearest.above(options.memorisation_threshold))
+        value = torch.tensor(frechet_distance(generated, real), dtype=torch.float64)
+        return lambda: value
+
+    note = f"{_of_both(prompted, reference)}; published values are of many thousands"
+    return Metric("fid", "FID on Inception's features", "lower", (), distance, note)
+
+
+def _of_both(prompted: list[str], reference: Reference) -> str:
+    return f"{len(prompted)} pictures of held-out captions, {len(reference.held_out)} held-out images"
+
+
+def _memorised_share(reference: Reference, prompted: list[str], options: Evaluate) -> Metric:
+    def memorised(unet: Measurements) -> torch.Tensor:
+        return nearest_images(_generated(unet), reference.training).above(options.memorisation_threshold)
 
     real = nearest_images(reference.held_out, reference.training).above(options.memorisation_threshold)
     label, better = _CLIP_METRICS["memorised_share"]
@@ -267,13 +295,21 @@ def _memorised_share(reference: Reference, num_pictures: int, options: Evaluate)
         "memorised_share",
         label,
         better,
-        [range(num_pictures)],
-        share,
-        f"share of {num_pictures} pictures of held-out captions whose nearest training image has a "
+        [range(len(prompted))],
+        _mean(memorised) if prompted else _unknown,
+        f"share of {len(prompted)} pictures of held-out captions whose nearest training image has a "
         f"cosine above {options.memorisation_threshold:g}{_beside(real, '.0%')}",
         real=mean_of(real) if len(real) else None,
         real_rows=[range(len(real))],
     )
+
+
+def _mean(values: Callable[[Measurements], torch.Tensor]) -> Callable[[Measurements], Statistic]:
+    return lambda unet: mean_of(values(unet))
+
+
+def _unknown(unet: Measurements) -> None:
+    return None
 
 
 def _beside(real: torch.Tensor, form: str) -> str:

@@ -15,6 +15,8 @@ import torch
 
 from stages.lib.draws import generator
 
+MIN_LABELS = 5  # of fewer a bootstrap says next to nothing
+
 # Weights of each sample, (B, N) float64, to the statistic's value under each row of them, (B,).
 Statistic = Callable[..., torch.Tensor]
 

@@ -1,4 +1,4 @@
-"""What is measured of a UNet and of the data before any statistics: held-out losses and CLIP features.
+"""What is measured of a UNet and of the data before any statistics: held-out losses and features of pictures.
 
 baseline writes both to one file, which evaluate reads instead of measuring the base and the data again.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from stages.lib.clip_features import Clip, image_features, text_features
 from stages.lib.errors import StageError
 from stages.lib.export import write_safetensors
+from stages.lib.inception_features import Inception, inception_features
 from stages.lib.pairs import TRAIN, VALIDATION, SampleCaptions, iter_images
 from stages.lib.progress import progress_bar
 from stages.lib.validation import HeldOutLosses
@@ -26,17 +27,19 @@ from stages.lib.validation import HeldOutLosses
 
 @dataclass(frozen=True)
 class Reference:
-    """CLIP features of the data, (N, D) float32, in the order of the sample_ids.
+    """Features of the data, (N, D) float32, in the order of the sample_ids: CLIP's, but for the last.
 
     Attributes:
         training: images of the training split.
         held_out: images of the validation split.
         held_out_captions: the first captions of those.
+        held_out_inception: Inception's features of the held-out images, where FID is asked for.
     """
 
     training: torch.Tensor
     held_out: torch.Tensor
     held_out_captions: torch.Tensor
+    held_out_inception: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Measurements:
         alphas_cumprod: (num_train_timesteps,) of its noise schedule.
         picture_features: (N, D) of the pictures it made, those of held-out captions first; None without CLIP.
         caption_features: (M, D) of the M held-out captions.
+        inception_features: (M, 2048) of the pictures of held-out captions, where FID is asked for.
+        inception_fingerprint: of the Inception that saw them.
     """
 
     losses: HeldOutLosses
@@ -56,6 +61,8 @@ class Measurements:
     alphas_cumprod: torch.Tensor
     picture_features: torch.Tensor | None
     caption_features: torch.Tensor | None
+    inception_features: torch.Tensor | None = None
+    inception_fingerprint: str = ""
 
     def compares_with(self, other: Measurements) -> bool:
         """Whether the losses are of the same problems: equal targets on equal noise schedules."""
@@ -68,7 +75,8 @@ def measure_unet(
     losses: HeldOutLosses,
     scheduler: DDPMScheduler,
     clip: Clip | None,
-    pictures: Iterable[Path],
+    inception: Inception | None,
+    pictures: Sequence[Path],
     captions: Sequence[str],
 ) -> Measurements:
     """Take the features of the pictures in files and of the captions of the first of them."""
@@ -78,10 +86,20 @@ def measure_unet(
         alphas_cumprod=scheduler.alphas_cumprod.cpu(),  # add_noise moves it to the samples' device
         picture_features=None if clip is None else image_features(clip, map(Image.open, pictures)),
         caption_features=None if clip is None else text_features(clip, captions),
+        inception_features=None
+        if inception is None
+        else inception_features(inception, map(Image.open, pictures[: len(captions)])),
+        inception_fingerprint="" if inception is None else inception.fingerprint,
     )
 
 
-def measure_data(clip: Clip, samples: Sequence[SampleCaptions], images: Path, resolution: int) -> Reference:
+def measure_data(
+    clip: Clip,
+    inception: Inception | None,
+    samples: Sequence[SampleCaptions],
+    images: Path,
+    resolution: int,
+) -> Reference:
     """Features of all images, at the resolution of the pictures: sharpness would tell them apart."""
     ids = {
         split: {sample.sample_id for sample in samples if sample.split == split}
@@ -89,7 +107,7 @@ def measure_data(clip: Clip, samples: Sequence[SampleCaptions], images: Path, re
     }
 
     def squares(split: str) -> Iterator[Image.Image]:
-        with progress_bar(f"CLIP features, {split}", "images", len(ids[split])) as bar:
+        with progress_bar(f"features, {split}", "images", len(ids[split])) as bar:
             for _, content in iter_images(images, ids[split]):
                 yield square(content, resolution)
                 bar.update()
@@ -99,6 +117,7 @@ def measure_data(clip: Clip, samples: Sequence[SampleCaptions], images: Path, re
         image_features(clip, squares(TRAIN)),
         image_features(clip, squares(VALIDATION)),
         text_features(clip, captions),
+        None if inception is None else inception_features(inception, squares(VALIDATION)),
     )
 
 
@@ -116,12 +135,14 @@ def write_measurements(path: Path, measurements: Measurements, reference: Refere
         "alphas_cumprod": measurements.alphas_cumprod,
         "picture_features": measurements.picture_features,
         "caption_features": measurements.caption_features,
+        "inception_features": measurements.inception_features,
     }
     if reference is not None:
         tensors |= {
             "training_features": reference.training,
             "held_out_features": reference.held_out,
             "held_out_caption_features": reference.held_out_captions,
+            "held_out_inception_features": reference.held_out_inception,
         }
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     metadata = {
@@ -129,6 +150,7 @@ def write_measurements(path: Path, measurements: Measurements, reference: Refere
         "sample_ids": json.dumps(losses.sample_ids),
         "timesteps": json.dumps(losses.timesteps),
         "num_train_timesteps": str(losses.num_train_timesteps),
+        "inception_fingerprint": measurements.inception_fingerprint,
     }
     write_safetensors(path, present, metadata)
 
@@ -156,10 +178,15 @@ def read_measurements(path: Path) -> tuple[Measurements, Reference | None]:
         tensors["alphas_cumprod"],
         tensors.get("picture_features"),
         tensors.get("caption_features"),
+        tensors.get("inception_features"),
+        metadata["inception_fingerprint"],
     )
     if "training_features" not in tensors:
         return measurements, None
     reference = Reference(
-        tensors["training_features"], tensors["held_out_features"], tensors["held_out_caption_features"]
+        tensors["training_features"],
+        tensors["held_out_features"],
+        tensors["held_out_caption_features"],
+        tensors.get("held_out_inception_features"),
     )
     return measurements, reference

@@ -228,6 +228,7 @@ class Evaluate:
     num_contact_samples: Annotated[int, Range(1)]
     denoising_every_steps: Annotated[int | None, Range(1)]
     num_metric_samples: Annotated[int, Range(2)]
+    inception_weights: str | None
     memorisation_threshold: Annotated[float, Range(-1, 1)]
     num_worst_pairs: Annotated[int, Range(1)]
     bootstrap_resamples: Annotated[int, Range(100)]
