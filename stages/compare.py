@@ -25,6 +25,7 @@ from stages.lib.errors import StageError
 from stages.lib.full_disk import describe_full_disk
 from stages.lib.gallery_run import MissingOutput, Run, read_run
 from stages.lib.page import render_page
+from stages.lib.paired_runs import changes_from_first
 
 WORKSPACE = "workspace"
 LOST = (
@@ -42,7 +43,7 @@ def main(revisions: list[str], output: Path) -> None:
     root = find_repository()
     runs = [read_revision(root, revision) for revision in dict.fromkeys(revisions)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render_page(runs), encoding="utf-8")
+    output.write_text(render_page(runs, changes_from_first(runs)), encoding="utf-8")
 
 
 def find_repository() -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,20 @@ def estimate(value: float | None, spread: float = 0.01) -> dict[str, float | Non
     return {"value": value, "low": value - spread, "high": value + spread}
 
 
-def metric(name: str, label: str, better: str, base: float | None, tuned: float | None) -> dict[str, Any]:
+def metric(
+    name: str, label: str, better: str, base: float | None, tuned: float | None, num_values: int = 0
+) -> dict[str, Any]:
+    """An entry of the report; with ``num_values``, those it is the mean of, which vary far more than it."""
     change = None if base is None or tuned is None else tuned - base
-    return {
+    values = {}
+    if num_values and base is not None and tuned is not None:
+        spread = [math.sin(3.0 * index) * base for index in range(num_values)]
+        values = {
+            "names": [f"{index}.png" for index in range(num_values)],
+            "base": [base + each for each in spread],
+            "tuned": [tuned + 0.9 * each for each in spread],
+        }
+    return ({"values": values} if values else {}) | {
         "name": name,
         "label": label,
         "better": better,
@@ -102,8 +114,8 @@ def write_run(
         ],
         "examples": {prompts[0]: "hearts/<red>.png"},
         "metrics": [
-            metric("validation_loss", "Held-out loss", "lower", 0.1, loss),
-            metric("clip_score", "CLIP score", "higher", 21.5, 21.5078125),
+            metric("validation_loss", "Held-out loss", "lower", 0.1, loss, 20),
+            metric("clip_score", "CLIP score", "higher", 21.5, 21.5078125, 20),
             metric("kid", "KID", "lower", 0.02, 0.06) | {"real": estimate(0.001, 0.0005)},
             metric("fid", "FID", "lower", None, None),
         ],

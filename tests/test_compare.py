@@ -121,7 +121,18 @@ def test_metrics_and_parameters_that_differ_are_told_apart(inside):
     assert "train.mixed_precision" not in differing  # no, and false after `dvc exp run -S`
     metrics = page.text[page.text.index("Held-out loss ↓") : page.text.index("CLIP score")]
     assert "base 0.1000" in metrics and "first 0.09000" in metrics and "low-lr 0.07000" in metrics
-    assert metrics.count("base") == 1
+    assert metrics.count("base 0.1000") == 1
+
+
+def test_runs_are_judged_against_the_first_sample_by_sample(inside):
+    page = compared("first", "low-lr")
+    assert "Change from base Change from first" in page.text
+    metrics = page.text[page.text.index("Held-out loss ↓") : page.text.index("KID ↓")]
+    loss, score = metrics.split("CLIP score ↑")
+    assert loss.count("from first") == score.count("from first") == 1  # on the line of the other run
+    assert "from first −0.02000 better" in loss
+    assert "from first +0 unsettled" in score
+    assert "Change from first" not in compared("first").text
 
 
 def test_a_page_is_a_function_of_its_revisions(inside):

@@ -15,7 +15,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from stages import gallery
 from stages.lib.errors import StageError
 from stages.lib.gallery_lineage import read_weights_lineage
-from stages.lib.gallery_run import Curve, Estimate, Metric
+from stages.lib.gallery_run import Curve, Estimate
 from stages.lib.page import verdict
 from stages.lib.page_charts import (
     BOTTOM,
@@ -187,8 +187,7 @@ def test_numbers_intervals_and_verdicts_are_shown(run):
 
 def test_a_verdict_follows_the_interval_and_the_direction():
     def judged(better: str, low: float | None, high: float | None) -> str:
-        nothing = Estimate(None, None, None)
-        return verdict(Metric("m", "M", better, nothing, nothing, Estimate(0.0, low, high), nothing, ""))
+        return verdict(Estimate(0.0, low, high), better)
 
     assert judged("lower", -2, -1) == judged("higher", 1, 2) == "better"
     assert judged("lower", 1, 2) == judged("higher", -2, -1) == "worse"

@@ -53,6 +53,14 @@ class Estimate:
     high: float | None
 
 
+class Values(NamedTuple):
+    """What a metric is the mean of: one number a sample or picture, of the base and of the tuned UNet."""
+
+    names: tuple[str, ...]
+    base: tuple[float, ...]
+    tuned: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Metric:
     """One metric of the base, of the tuned UNet, and their paired difference.
@@ -60,6 +68,7 @@ class Metric:
     Attributes:
         better: ``higher`` or ``lower``.
         real: of held-out images in the place of generated ones, where that says something.
+        values: None for a metric that is no mean.
     """
 
     name: str
@@ -70,6 +79,7 @@ class Metric:
     difference: Estimate
     real: Estimate
     note: str
+    values: Values | None = None
 
 
 @dataclass(frozen=True)
@@ -300,7 +310,10 @@ def _metric(entry: dict[str, Any]) -> Metric:
         key: Estimate(*(_finite((entry.get(key) or {}).get(part)) for part in ("value", "low", "high")))
         for key in ("base", "tuned", "difference", "real")
     }
-    return Metric(entry["name"], entry["label"], entry["better"], **estimates, note=entry.get("note") or "")
+    rows = entry.get("values")
+    values = Values(*(tuple(rows[field]) for field in Values._fields)) if rows else None
+    note = entry.get("note") or ""
+    return Metric(entry["name"], entry["label"], entry["better"], **estimates, note=note, values=values)
 
 
 def _finite(value: float | None) -> float | None:

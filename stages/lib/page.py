@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,14 +48,24 @@ class Source(NamedTuple):
     pictures: dict[Cell, Picture]
 
 
+class Change(NamedTuple):
+    """A difference, and what it says: ``better``, ``worse``, ``unsettled``, or nothing."""
+
+    estimate: Estimate
+    verdict: str
+
+
 class Estimated(NamedTuple):
-    """One line of a metric: whose it is, its value, and the change from the base, None for the base's own."""
+    """One line of a metric: whose it is, its value, and its changes, None where there is nothing to compare.
+
+    Attributes:
+        changes: from the base, and from the first run's, each with its verdict.
+    """
 
     label: str
     color: str
     estimate: Estimate
-    difference: Estimate | None
-    verdict: str
+    changes: tuple[Change | None, Change | None]
 
 
 class Compared(NamedTuple):
@@ -76,8 +86,15 @@ class Parameter(NamedTuple):
     differs: bool
 
 
-def render_page(runs: Sequence[Run]) -> str:
-    """The page, the same text for the same runs."""
+def render_page(
+    runs: Sequence[Run], changes_from_first: Mapping[tuple[str, int], Estimate] | None = None
+) -> str:
+    """The page, the same text for the same runs.
+
+    Args:
+        runs: one or several, in the order shown.
+        changes_from_first: (name of a metric, index of a run) -> its change from the first run's.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FILES),
         autoescape=True,
@@ -94,7 +111,8 @@ def render_page(runs: Sequence[Run]) -> str:
         several=len(runs) > 1,
         sources=sources,
         headline=headlines(runs),
-        metrics=compare_metrics(runs),
+        metrics=compare_metrics(runs, changes_from_first or {}),
+        are_paired=bool(changes_from_first),
         charts=charts,
         plot=PLOT,
         figures=group_figures(runs),
@@ -143,18 +161,30 @@ def headlines(runs: Sequence[Run]) -> list[Metric | None]:
     return [next((each for each in run.metrics if each.name == "validation_loss"), None) for run in runs]
 
 
-def compare_metrics(runs: Sequence[Run]) -> list[Compared]:
+def compare_metrics(
+    runs: Sequence[Run], changes_from_first: Mapping[tuple[str, int], Estimate]
+) -> list[Compared]:
     """Metrics in the order of the first run that has them."""
     labels = {metric.name: metric for run in reversed(runs) for metric in run.metrics}
     order = dict.fromkeys(metric.name for run in runs for metric in run.metrics)
-    return [_compare_metric(labels[name], name, runs) for name in order]
+    return [_compare_metric(labels[name], name, runs, changes_from_first) for name in order]
 
 
-def _compare_metric(metric: Metric, name: str, runs: Sequence[Run]) -> Compared:
+def _compare_metric(
+    metric: Metric, name: str, runs: Sequence[Run], changes_from_first: Mapping[tuple[str, int], Estimate]
+) -> Compared:
     found = [(index, each) for index, run in enumerate(runs) for each in run.metrics if each.name == name]
     bases = _share_lines("base", "base", [(runs[index].name, each.base) for index, each in found])
     tuned = [
-        Estimated(run_label(runs[index], runs), color(index), each.tuned, each.difference, verdict(each))
+        Estimated(
+            run_label(runs[index], runs),
+            color(index),
+            each.tuned,
+            (
+                _change(each.difference, each.better),
+                _change(changes_from_first.get((name, index)), each.better),
+            ),
+        )
         for index, each in found
     ]
     known = [(runs[index].name, each.real) for index, each in found if each.real.value is not None]
@@ -170,19 +200,25 @@ def _share_lines(label: str, css: str, estimates: Iterable[tuple[str, Estimate]]
     for name, estimate in estimates:
         groups.setdefault(estimate, []).append(name)
     return [
-        Estimated(shared_label(label, names, len(groups)), css, estimate, None, "")
+        Estimated(shared_label(label, names, len(groups)), css, estimate, (None, None))
         for estimate, names in groups.items()
     ]
 
 
-def verdict(metric: Metric) -> str:
+def _change(estimate: Estimate | None, better: str) -> Change | None:
+    if estimate is None or estimate.value is None:
+        return None
+    return Change(estimate, verdict(estimate, better))
+
+
+def verdict(difference: Estimate, better: str) -> str:
     """``better``, ``worse``, ``unsettled`` where the interval of the difference holds 0, or nothing."""
-    low, high = metric.difference.low, metric.difference.high
+    low, high = difference.low, difference.high
     if low is None or high is None:
         return ""
     if low <= 0.0 <= high:
         return "unsettled"
-    return "better" if (low > 0.0) == (metric.better == "higher") else "worse"
+    return "better" if (low > 0.0) == (better == "higher") else "worse"
 
 
 def draw_charts(runs: Sequence[Run]) -> list[Chart]:
