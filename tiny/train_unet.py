@@ -148,16 +148,22 @@ class TrainingData:
     style_dropout: float
 
     def draw(
-        self, batch_size: int, min_timestep: int, generator: torch.Generator
+        self, batch_size: int, high_noise: float, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """latents, noise (B, 4, 16, 16), timesteps (B,) and encoder_hidden_states (B, 77, D)."""
+        """latents, noise (B, 4, 16, 16), timesteps (B,) and encoder_hidden_states (B, 77, D).
+
+        A share ``high_noise`` of the timesteps comes from the noisiest fifth: there the caption decides what
+        is drawn, and from uniform timesteps it is learned last.
+        """
         pick = self.rows[torch.randint(len(self.rows), (batch_size,), generator=generator)]
         sampled = self.means[pick] + self.stds[pick] * torch.randn(
             self.means[pick].shape, generator=generator
         )
         latents = (sampled * self.scaling_factor).contiguous(memory_format=torch.channels_last)
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(min_timestep, NUM_TRAIN_TIMESTEPS, (batch_size,), generator=generator)
+        timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, (batch_size,), generator=generator)
+        raised = timesteps[: round(high_noise * batch_size)]
+        raised += (NUM_TRAIN_TIMESTEPS - raised) * 4 // 5  # [0, 1000) -> [800, 1000)
         choice = torch.rand(batch_size, generator=generator).tolist()
         captions = [self.caption(index, u) for index, u in zip(pick.tolist(), choice, strict=True)]
         return latents, noise, timesteps, self.embeddings[[self.caption_row[text] for text in captions]]
@@ -202,7 +208,7 @@ def train_round(
     while step < steps:
         generator = step_generator(params["seed"], first_step + step)
         latents, noise, timesteps, encoder_hidden_states = data.draw(
-            params["batch_size"], this["min_timestep"], generator
+            params["batch_size"], this["high_noise"], generator
         )
         noisy_latents = scheduler.add_noise(latents, noise, timesteps)
         model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
