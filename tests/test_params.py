@@ -93,7 +93,7 @@ def test_missing_keys_and_sections(tmp_path):
     ("changes", "message"),
     [
         ({"train__gradient_accumulation_steps": 3}, "a divisor of train_batch_size 16"),
-        ({"train__lr_warmup_steps": 5000}, "at most max_train_steps 640"),
+        ({"train__lr_warmup_steps": 5000}, "at most max_train_steps 512"),
         ({"fetch_base__source": "hub"}, "fetch_base.hub_id"),
         (
             {"fetch_base__source": "hub", "fetch_base__hub_id": "a/b", "fetch_base__revision": "main"},
