@@ -27,6 +27,7 @@ SMALL = {
     "train": {
         "train_batch_size": 4,
         "max_train_steps": 6,
+        "learning_rate": 3e-4,
         "lr_warmup_steps": 2,
         "log_every_steps": 1,
         "validation_every_steps": 3,

@@ -117,7 +117,7 @@ def test_metrics_and_parameters_that_differ_are_told_apart(inside):
     page = compared("first", "low-lr")
     differing = page.text[page.text.index("Those that differ") : page.text.index("All ")]
     assert "train.seed 1 3" in differing
-    assert "train.learning_rate 0.0003 1e-05" in differing
+    assert "train.learning_rate 0.0001 1e-05" in differing
     assert "train.mixed_precision" not in differing  # no, and false after `dvc exp run -S`
     metrics = page.text[page.text.index("Held-out loss ↓") : page.text.index("CLIP score")]
     assert "base 0.1000" in metrics and "first 0.09000" in metrics and "low-lr 0.07000" in metrics

@@ -126,7 +126,7 @@ def test_each_change_reruns_exactly_the_stages_that_depend_on_it(repository):
         handle.write("# a remark\n")
     assert repro(repository) == set()
 
-    params["train"]["learning_rate"] = 1e-4
+    params["train"]["learning_rate"] = 2e-4
     write(repository, params)
     assert repro(repository) == {"train", "evaluate", "gallery"}
 

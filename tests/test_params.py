@@ -23,7 +23,7 @@ def write(path: Path, **changes: object) -> Path:
 
 def test_the_shipped_file_is_valid_and_every_value_has_a_comment():
     params = read_params(SHIPPED)
-    assert params.train.learning_rate == 3e-4
+    assert params.train.learning_rate == 1e-4
     for line in SHIPPED.read_text().splitlines():
         if line.startswith("  ") and not line.strip().startswith(("-", "#")):
             assert "#" in line, line
