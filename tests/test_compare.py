@@ -194,6 +194,16 @@ def test_outside_of_a_repository_the_command_says_so(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_comparison_fits_the_window(inside):
+    compare.main(["first", "low-lr"], Path("data/comparison.html"))
+    with headless_browser() as browser:
+        for width in (1280, 800, 390):
+            browser.open(inside / "data/comparison.html", width=width)
+            assert browser.run("document.documentElement.scrollWidth") <= width
+            wrapped = "[...document.querySelectorAll('td.value')].filter((each) => each.offsetHeight > 40).length"
+            assert browser.run(wrapped) == 0
+
+
 def test_any_two_runs_can_be_laid_over_each_other(inside):
     compare.main(["first", "low-lr"], Path("data/comparison.html"))
     sources = {source["label"]: source for source in parse(Path("data/comparison.html")).data["sources"]}
