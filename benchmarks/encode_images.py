@@ -290,7 +290,7 @@ def fingerprints() -> dict[str, str]:
     }
 
 
-def incremental(num_images: int = 2_000, width_divisor: int = 8) -> dict:
+def incremental(num_images: int = 2_000, width_divisor: int = 4) -> dict:
     with project(num_images, 256, width_divisor, clone=True) as directory:
         repro("prepare", "fetch_base")
         cold_seconds, log = repro("encode_images", "encode_captions")
