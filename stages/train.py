@@ -42,6 +42,7 @@ from stages.lib.params import Params, Train
 from stages.lib.preview_latents import PreviewLatents
 from stages.lib.processes import check_launch, check_same_step, of_first_process
 from stages.lib.progress import progress_bar
+from stages.lib.sharding import full, plain_forward, sharding_plugin, unsharded
 from stages.lib.speed import Speed
 from stages.lib.stage_run import leave_out, run_stage, work_root
 from stages.lib.step_losses import StepLosses, check_finite, checked, mean_losses
@@ -87,7 +88,7 @@ def train_step(
             weights = min_snr_weights(snr, options.snr_gamma, scheduler.config.prediction_type)
             accelerator.backward((losses * weights).mean())
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+                grad_norm = full(accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad()
         all_losses.append((losses.detach(), weights))
@@ -110,7 +111,7 @@ def main(params: Params) -> None:
     unet = build_unet(BASE, options)
     check_shapes(unet, latents, conditioning)
     lineage = lineage_of(params, BASE, scheduler.config.prediction_type, samples, latents, conditioning)
-    checkpoints = Checkpoints(work_root(), run_fingerprint(lineage, accelerator))
+    checkpoints = Checkpoints(work_root(), run_fingerprint(lineage, accelerator), is_main)
 
     unet.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
     forward = unet.forward  # prepare() gives the model mixed precision; validation stays in float32
@@ -119,6 +120,7 @@ def main(params: Params) -> None:
     optimizer = build_optimizer(trained(unet), options)
     lr_scheduler = build_lr_schedule(optimizer, options, max_train_steps)
     model, optimizer = accelerator.prepare(unet, optimizer)
+    forward = plain_forward(model, forward)
     ema = moving_average(unet, options)
     state = TrainingState(trained(unet), optimizer, lr_scheduler, ema, accelerator.scaler)
     resumed = state.restore(checkpoints.load_latest())
@@ -173,14 +175,14 @@ def main(params: Params) -> None:
                     )
                 point |= of_first_process(checked(found.summary(), num_steps, checkpoints))
             history.log(num_steps, point)
-            if history.best_step == num_steps and is_main:
+            if history.best_step == num_steps:
                 with averaged(ema, options.export_ema):
                     checkpoints.save_best(num_steps, trained(unet))
             if due(options.preview_every_steps):
                 with averaged(ema, options.validate_ema):
                     preview(num_steps)
             stop = history.has_stalled(options.early_stopping_patience)
-            if (save or stop) and is_main:
+            if save or stop:
                 outputs = {
                     "points": history.points,
                     "previews": previews.latents_of,
@@ -193,10 +195,13 @@ def main(params: Params) -> None:
     history.close()
     if is_main:
         speed.report(SPEED)
-        with averaged(ema, options.export_ema):
-            if options.export == "best":
-                load_weights(trained(unet), checkpoints.load_best(history.best_step))
-            export_unet(unet, UNET, sampling, lineage)
+    accelerator.wait_for_everyone()  # the first process may still write the best weights
+    with averaged(ema, options.export_ema):
+        if options.export == "best":
+            load_weights(trained(unet), checkpoints.load_best(history.best_step))
+        whole = unsharded(unet, BASE)
+        if is_main:
+            export_unet(whole, UNET, sampling, lineage)
 
 
 def start_accelerator(options: Train) -> Accelerator:
@@ -205,6 +210,7 @@ def start_accelerator(options: Train) -> Accelerator:
         cpu=not torch.accelerator.is_available(),  # else accelerate takes each of several for the only one
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
+        fsdp_plugin=sharding_plugin(options.mixed_precision),
     )
     if options.mixed_precision == "fp16" and accelerator.scaler is None:
         raise StageError(

@@ -125,7 +125,7 @@ def test_the_feed_is_in_order_ahead_and_passes_errors_on(device, num_ahead):
 
 
 def heed_interrupts() -> None:
-    """Take Ctrl-C as in a terminal: what a shell starts in the background ignores it, with all its children."""
+    """Take Ctrl-C as in a terminal: what a shell starts in the background ignores it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from stages.lib.ema import MovingAverage
 from stages.lib.errors import StageError
+from stages.lib.sharding import gathered, spread_like
 from stages.lib.work import open_atomically, remove_partials
 from stages.lib.work_directory import mark_used, trim, use
 
@@ -55,15 +56,19 @@ class TrainingState:
         self.parts: dict[str, Any] = {name: part for name, part in parts.items() if part is not None}
 
     def capture(self) -> dict[str, Any]:
-        """The weights and the state of every part."""
+        """The weights and the state of every part, as wholes; all processes take part."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        return {"weights": [parameter.detach() for parameter in self.parameters], **states}
+        return gathered({"weights": [parameter.detach() for parameter in self.parameters], **states})
 
     def restore(self, saved: dict[str, Any] | None) -> Resumed:
         """Continue from a checkpoint, or begin where there is none."""
         if saved is None:
             return Resumed(0, [], {})
         load_weights(self.parameters, saved["weights"])
+        saved["optimizer"]["state"] = {
+            index: {name: spread_like(value, self.parameters[index]) for name, value in moments.items()}
+            for index, moments in saved["optimizer"]["state"].items()
+        }
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
         return Resumed(saved["global_step"], saved["points"], saved["previews"])
@@ -73,7 +78,7 @@ class TrainingState:
 def load_weights(parameters: list[torch.nn.Parameter], saved: list[torch.Tensor]) -> None:
     """Copy ``saved`` into ``parameters``, in place."""
     for parameter, value in zip(parameters, saved, strict=True):
-        parameter.copy_(value)
+        parameter.copy_(spread_like(value, parameter))
 
 
 class Checkpoints:
@@ -82,10 +87,15 @@ class Checkpoints:
     A changed parameter, weight, caption or library is another fingerprint, so a checkpoint is
     never continued under values it was not made with. The directory is in use, and so never trimmed,
     while this object lives.
+
+    Args:
+        root: the work directory.
+        run_fingerprint: of everything that determines the run.
+        enabled: False in all processes but the first, which alone writes.
     """
 
-    def __init__(self, root: Path, run_fingerprint: str) -> None:
-        self._root = root
+    def __init__(self, root: Path, run_fingerprint: str, enabled: bool = True) -> None:
+        self._root, self._enabled = root, enabled
         self.directory = root / "train" / run_fingerprint[:20]
         self._use = use(self.directory)
         remove_partials(self.directory)
@@ -94,8 +104,10 @@ class Checkpoints:
         """Whole checkpoints, oldest first."""
         return sorted(self.directory.glob("step-*.pt"))
 
-    def save(self, global_step: int, state: dict[str, Any]) -> Path:
+    def save(self, global_step: int, state: dict[str, Any]) -> None:
         """Write atomically and durably; older ones but for the last two are removed."""
+        if not self._enabled:
+            return
         path = self.directory / f"step-{global_step:08d}.pt"
         with open_atomically(path) as handle:
             torch.save({"global_step": global_step, **state}, handle)
@@ -103,16 +115,19 @@ class Checkpoints:
         for old in [*self.paths()[:-KEPT], *self._outdated_best(state.get("best_step"))]:
             old.unlink(missing_ok=True)  # the same run elsewhere may have done it
         trim(self._root)
-        return path
 
     def save_best(self, global_step: int, parameters: list[torch.nn.Parameter]) -> None:
         """Keep the weights with the best validation loss so far, beside the checkpoints.
 
         Those that were best before stay until a checkpoint knows of these: a kill may lie between.
+        All processes take part.
         """
+        weights = gathered([parameter.detach() for parameter in parameters])
+        if not self._enabled:
+            return
         path = self._best(global_step)
         with open_atomically(path) as handle:
-            torch.save({"weights": [parameter.detach() for parameter in parameters]}, handle)
+            torch.save({"weights": weights}, handle)
         mark_used(path)
 
     def load_best(self, global_step: int | None) -> list[torch.Tensor]:

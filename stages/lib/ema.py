@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from stages.lib.sharding import spread_like
+
 
 class MovingAverage:
     """average <- decay * average + (1 - decay) * weights, once an optimizer step.
@@ -59,7 +61,7 @@ class MovingAverage:
     def load_state_dict(self, state: dict) -> None:
         self.num_updates = state["num_updates"]
         for average, saved in zip(self.average, state["average"], strict=True):
-            average.copy_(saved)
+            average.copy_(spread_like(saved, average))
 
     def _decay(self, num_updates: int) -> float:
         if num_updates <= 0:

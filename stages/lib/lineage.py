@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from stages.lib.base_model import component_fingerprint, read_config
 from stages.lib.conditioning import Conditioning
@@ -61,4 +62,5 @@ def _machine(accelerator: Accelerator, train: dict[str, Any]) -> dict[str, str |
         "device": accelerator.device.type,
         "num_threads": torch.get_num_threads(),
         "num_processes": accelerator.num_processes,
+        "sharded": accelerator.distributed_type == DistributedType.FSDP,
     }
