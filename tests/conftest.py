@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -75,9 +76,7 @@ def write_params(**changes: dict) -> Params:
 
 def make_project(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Enter ``root`` with params.yaml, a base in data/base and a folder of 12 images with captions."""
-    monkeypatch.chdir(root)
-    monkeypatch.setenv("SD_WORK", str(root / ".work"))
-    monkeypatch.setenv("SD_WORKERS", "1")
+    enter(root, monkeypatch)
     tiny_pipeline(root / "data" / "tiny")
     (root / "images").mkdir()
     for seed in range(12):
@@ -88,10 +87,11 @@ def make_project(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh project; no stage but fetch_base has run."""
-    return make_project(tmp_path, monkeypatch)
+def enter(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in ``root``, with a work directory of its own and one encoder process."""
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("SD_WORK", str(root / ".work"))
+    monkeypatch.setenv("SD_WORKERS", "1")
 
 
 def run_encoders(params: Params) -> None:
@@ -102,11 +102,35 @@ def run_encoders(params: Params) -> None:
     encode_images.main(params)
 
 
+@pytest.fixture(scope="session")
+def made_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `project` copies."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return make_project(tmp_path_factory.mktemp("project"), monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def made_encoded(made_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `encoded` copies."""
+    root = shutil.copytree(made_project, tmp_path_factory.mktemp("encoded"), dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        enter(root, monkeypatch)
+        run_encoders(read_params())
+    return root
+
+
 @pytest.fixture
-def encoded(project: Path) -> Path:
+def project(made_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh project; no stage but fetch_base has run."""
+    enter(shutil.copytree(made_project, tmp_path, dirs_exist_ok=True), monkeypatch)
+    return tmp_path
+
+
+@pytest.fixture
+def encoded(made_encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As `project`, with everything encoded."""
-    run_encoders(read_params())
-    return project
+    enter(shutil.copytree(made_encoded, tmp_path, dirs_exist_ok=True), monkeypatch)
+    return tmp_path
 
 
 def run_train(**changes: object) -> None:
