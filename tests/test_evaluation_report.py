@@ -111,7 +111,7 @@ def test_every_number_equals_a_computation_by_hand(case):
 def test_what_a_mean_is_of_is_kept_by_name(case):
     base, tuned, _, texts = case
     entries = report(*case)
-    means = {name for name in NAMES if name not in ("kid", "cmmd", "frechet_distance", "memorised_share")}
+    means = {name for name in NAMES if name not in ("kid", "cmmd", "frechet_distance")}
     assert {name for name, entry in entries.items() if "values" in entry} == means
     for name in means:
         entry, values = entries[name], entries[name]["values"]

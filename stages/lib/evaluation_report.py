@@ -287,7 +287,8 @@ def _of_both(prompted: list[str], reference: Reference) -> str:
 
 def _memorised_share(reference: Reference, prompted: list[str], options: Evaluate) -> Metric:
     def memorised(unet: Measurements) -> torch.Tensor:
-        return nearest_images(_generated(unet), reference.training).above(options.memorisation_threshold)
+        nearest = nearest_images(_generated(unet), reference.training)
+        return nearest.above(options.memorisation_threshold).double()
 
     real = nearest_images(reference.held_out, reference.training).above(options.memorisation_threshold)
     label, better = _CLIP_METRICS["memorised_share"]
@@ -301,6 +302,8 @@ def _memorised_share(reference: Reference, prompted: list[str], options: Evaluat
         f"cosine above {options.memorisation_threshold:g}{_beside(real, '.0%')}",
         real=mean_of(real) if len(real) else None,
         real_rows=[range(len(real))],
+        values=memorised,
+        names=prompted,
     )
 
 
