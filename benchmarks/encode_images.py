@@ -50,7 +50,7 @@ from stages.lib.work import Block, WorkStore  # noqa: E402
 from tests.checkpoints import sd15_like  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-BATCH_SIZE, LOOP_BATCH_SIZE, NUM_WORKERS = 8, 16, os.cpu_count() or 1
+BATCH_SIZE, LOOP_BATCH_SIZE, NUM_WORKERS = 4, 16, os.cpu_count() or 1
 DVC = [sys.executable, "-m", "dvc"]
 
 

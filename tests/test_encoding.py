@@ -163,7 +163,7 @@ def test_a_kill_loses_less_than_a_block(tmp_path, monkeypatch):
     keys = [str(number) for number in range(400)]
     run(tmp_path, keys, dataclasses.replace(ENCODER), counted)
     assert written == 400
-    assert most <= encoding.BLOCK_ROWS + 4 * (encoding.IN_PROCESS_BATCHES + 1)
+    assert most <= encoding.BLOCK_ROWS + encoding.IN_PROCESS_ROWS + 4
 
 
 def test_two_processes_share_the_rows_and_both_see_all(tmp_path):
@@ -211,7 +211,7 @@ def items(missing):
 
 if __name__ == "__main__":
     store = WorkStore(Path({str(tmp_path / "work")!r}), "x", {{}})
-    encode_missing(store, [str(i) for i in range(8)], items, Encoder(abs, build, 1, "float32"), "x", "rows")
+    encode_missing(store, [str(i) for i in range(40)], items, Encoder(abs, build, 1, "float32"), "x", "rows")
 """
     (tmp_path / "stage.py").write_text(script)
     environment = {**os.environ, "SD_WORKERS": "2", "PYTHONPATH": str(REPOSITORY)}

@@ -15,6 +15,7 @@ import torch
 from stages.lib.base_model import BASE, load_vae
 from stages.lib.devices import use_same_kernels
 from stages.lib.pixels import scaled_pixels
+from stages.lib.stage_run import left_out
 from stages.lib.work import Row
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 def place_vae(device: str, dtype: str) -> AutoencoderKL:
     """The base's VAE on ``device`` in ``dtype``, with kernels that give the same bytes each time."""
     use_same_kernels()
-    vae = load_vae(BASE).to(device, memory_format=torch.channels_last)
+    with left_out("scipy"):  # diffusers would import its statistics, a second of a start
+        vae = load_vae(BASE)
+    vae = vae.to(device, memory_format=torch.channels_last)
     return vae if dtype == "float32" else vae.to(getattr(torch, dtype))
 
 

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 Encode = Callable[[Sequence[Any]], list[Row]]
 BLOCK_ROWS = 64
-IN_PROCESS_BATCHES = 4  # so few are encoded sooner than worker processes start
+IN_PROCESS_ROWS = 32  # so few are encoded sooner than worker processes start
 
 
 class Item(NamedTuple):
@@ -205,7 +205,8 @@ def _encoded(
 
     Without batches no encoder is built: its libraries are slow to load.
     """
-    first = list(itertools.islice(batches, IN_PROCESS_BATCHES + 1))
+    few = -(-IN_PROCESS_ROWS // encoder.batch_size)
+    first = list(itertools.islice(batches, few + 1))
     if not first:
         return
     batches = itertools.chain(first, batches)
@@ -213,7 +214,7 @@ def _encoded(
         in_process = InProcess(encoder, device)
         for batch, inputs in _map_in_workers(_load_in_worker, batches, encoder, num_workers, ahead):
             yield batch, in_process.rows(inputs)
-    elif len(first) <= IN_PROCESS_BATCHES:
+    elif len(first) <= few:
         yield from _map_in_threads(first, encoder, num_workers)
     else:
         yield from _map_in_workers(_encode_in_worker, batches, encoder, num_workers, ahead)

@@ -13,7 +13,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stages.lib.errors import StageError
@@ -89,6 +89,18 @@ def leave_out(*libraries: str) -> None:
     """
     for name in libraries:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # importing it raises ImportError
+
+
+@contextlib.contextmanager
+def left_out(*libraries: str) -> Iterator[None]:
+    """As `leave_out`, until the end of the block."""
+    absent = [name for name in libraries if name not in sys.modules]
+    leave_out(*absent)
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def fresh_directory(path: Path) -> Path:
