@@ -34,7 +34,7 @@ from accelerate import PartialState
 
 from stages.lib.errors import StageError
 from stages.lib.progress import progress_bar
-from stages.lib.stage_run import collect_seldom, keep_freed_memory
+from stages.lib.stage_run import keep_freed_memory
 from stages.lib.work import Row, WorkStore
 
 logger = logging.getLogger(__name__)
@@ -310,7 +310,6 @@ def _start_worker(encoder: Encoder, encodes: bool) -> None:
     global _worker, _worker_encoder
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     keep_freed_memory()
-    collect_seldom()
     torch.set_num_threads(1)
     _worker = encoder
     if encodes:

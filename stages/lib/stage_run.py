@@ -43,7 +43,7 @@ def run_stage(
     for library in ("httpx", "httpx2", "huggingface_hub", "accelerate"):
         logging.getLogger(library).setLevel(logging.WARNING)
     keep_freed_memory()
-    collect_seldom()
+    atexit.register(gc.freeze)  # or the end would look for cycles among all that libraries made: a second
     try:
         max_work_bytes()
         command = launch_command() if distributed else None
@@ -70,15 +70,6 @@ def keep_freed_memory() -> None:
             libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
             libc.mallopt(-8, 1)  # M_ARENA_MAX: a thread's own arena holds no block above 64 MiB
-
-
-def collect_seldom() -> None:
-    """Look for cycles less often, and not at the end: what libraries make lives as long as the process.
-
-    That takes a fifth off the time to import them, and a second off the end of the process.
-    """
-    gc.set_threshold(10_000, 10, 10)
-    atexit.register(gc.freeze)
 
 
 def leave_out(*libraries: str) -> None:
