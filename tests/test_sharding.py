@@ -10,7 +10,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from tests.conftest import REPOSITORY, content_fingerprint, write_params
+from tests.conftest import REPOSITORY, write_params
+from tests.test_run_options import curve, outputs, run_process, weights
 
 SHARDED = {
     "channels_last": False,
@@ -31,10 +32,11 @@ def fsdp_environment() -> dict[str, str]:
     return {name: value for name, value in told.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
-def run(work: str, *launcher: str, check: bool = True, **environment: str) -> str:
+def run_sharded(work: str, check: bool = True) -> str:
+    launcher = "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     done = subprocess.run(
-        [sys.executable, *launcher],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "SD_WORK": work, **environment},
+        [sys.executable, "-m", *launcher, REPOSITORY / "tests" / "sharded_training.py"],
+        env={**os.environ, **fsdp_environment(), "PYTHONPATH": str(REPOSITORY), "SD_WORK": work},
         capture_output=True,
         text=True,
     )
@@ -42,34 +44,18 @@ def run(work: str, *launcher: str, check: bool = True, **environment: str) -> st
     return done.stderr
 
 
-def run_sharded(work: str, check: bool = True) -> str:
-    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-    driver = str(REPOSITORY / "tests" / "sharded_training.py")
-    return run(work, *launcher, driver, check=check, **fsdp_environment())
-
-
-def outputs() -> str:
-    return content_fingerprint(Path("data/unet")) + content_fingerprint(Path("data/training"))
-
-
-def validation_losses() -> list[float]:
-    lines = Path("data/training/plots/metrics/validation_loss.tsv").read_text().splitlines()[1:]
-    return [float(line.split("\t")[1]) for line in lines]
-
-
 def test_sharded_training_agrees_to_rounding_and_resumes_bit_for_bit(encoded):
     write_params(train=SHARDED)
-    run("one", "-m", "stages.train")
-    weights = Path("data/unet/diffusion_pytorch_model.safetensors")
-    alone, losses = load_file(weights), validation_losses()
+    run_process("one")
+    alone, losses = weights(), curve("validation_loss")
     run_sharded("undisturbed")
-    undisturbed, sharded = outputs(), load_file(weights)
+    undisturbed, sharded = outputs(), weights()
     base = load_file("data/base/unet/diffusion_pytorch_model.safetensors")
     moved = max((alone[name] - base[name]).abs().max() for name in alone)
     apart = max((alone[name] - value).abs().max() for name, value in sharded.items())
     assert sharded.keys() == alone.keys()
     assert apart < 0.02 * moved
-    assert validation_losses() == pytest.approx(losses, rel=1e-4)
+    assert curve("validation_loss") == pytest.approx(losses, rel=1e-4)
 
     (directory,) = Path("undisturbed/train").iterdir()
     (directory / "step-00000008.pt").unlink()

@@ -13,7 +13,7 @@ from stages import prepare
 from stages.lib.params import read_params
 from tests.conftest import REPOSITORY, draw_image
 
-WATCHED = ("torch", "torch._dynamo", "diffusers", "transformers", "peft", "skimage", "scipy")
+WATCHED = ("torch", "torch._dynamo", "diffusers", "transformers", "peft", "skimage", "scipy", "scipy.stats")
 
 
 def libraries_of(stage: str) -> set[str]:
@@ -49,4 +49,4 @@ def test_one_new_image_loads_diffusers_without_what_it_finds_beside_it(encoded):
     prepare.main(read_params())
     loaded = libraries_of("encode_images")
     assert "diffusers" in loaded
-    assert loaded.isdisjoint({"transformers", "peft"})
+    assert loaded.isdisjoint({"transformers", "peft", "scipy.stats"})
