@@ -110,7 +110,8 @@ def test_every_number_equals_a_computation_by_hand(case):
 
 def test_what_a_mean_is_of_is_kept_by_name(case):
     base, tuned, _, texts = case
-    entries = report(*case)
+    entries = report(*case, dataclasses.replace(OPTIONS, memorisation_threshold=0.8))
+    assert 0 < entries["memorised_share"]["tuned"]["value"] < 1
     means = {name for name in NAMES if name not in ("kid", "cmmd", "frechet_distance")}
     assert {name for name, entry in entries.items() if "values" in entry} == means
     for name in means:
