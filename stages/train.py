@@ -20,9 +20,7 @@ from stages.lib.base_model import read_config
 from stages.lib.batches import draw_batch, num_train_steps, parts_of_process, training_set
 from stages.lib.checkpoint import Checkpoints, TrainingState, load_weights
 from stages.lib.conditioning import CAPTIONS, read_conditioning
-from stages.lib.devices import use_same_kernels
 from stages.lib.ema import MovingAverage
-from stages.lib.errors import StageError
 from stages.lib.feed import Feed, Part, load_part
 from stages.lib.history import History
 from stages.lib.latents import LATENTS, read_latents, sample_latents
@@ -40,15 +38,15 @@ from stages.lib.optimizers import build_lr_schedule, build_optimizer
 from stages.lib.pairs import read_captions
 from stages.lib.params import Params, Train
 from stages.lib.preview_latents import PreviewLatents
-from stages.lib.processes import check_launch, check_same_step, of_first_process
+from stages.lib.processes import check_same_step, of_first_process, start_accelerator
 from stages.lib.progress import progress_bar
-from stages.lib.sharding import full, plain_forward, sharding_plugin, unsharded
+from stages.lib.sharding import full, plain_forward, unsharded
 from stages.lib.speed import Speed
 from stages.lib.stage_run import leave_out, run_stage, work_root
-from stages.lib.step_losses import StepLosses, check_finite, checked, mean_losses
+from stages.lib.step_losses import StepLosses, check_finite, check_loss_scale, checked, mean_losses
 from stages.lib.stores import store_bytes
 from stages.lib.unet import build_unet, check_shapes, export_unet, trained
-from stages.lib.validation import validation_losses
+from stages.lib.validation import check_held_out, validation_losses
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -102,6 +100,7 @@ def main(params: Params) -> None:
     resident = store_bytes(LATENTS) + store_bytes(CAPTIONS) <= options.max_resident_bytes
     latents, conditioning = read_latents(LATENTS, resident), read_conditioning(CAPTIONS, resident)
     samples = latents.encoded(read_captions(PAIRS))
+    check_held_out(samples, options)
     data = training_set(samples, latents, conditioning)
     my_parts, num_parts = parts_of_process(options, accelerator.process_index, accelerator.num_processes)
     max_train_steps = num_train_steps(options, data)
@@ -164,6 +163,7 @@ def main(params: Params) -> None:
             continue
         with speed.paused(), memory_advice(options, checkpoints):
             check_finite(unchecked, data.sample_ids, checkpoints, options)
+            check_loss_scale(accelerator.scaler, checkpoints)
             point = mean_losses(accelerator, unchecked) | {"lr": float(learning_rate)}
             if grad_norm.isfinite():
                 point["grad_norm"] = float(grad_norm)
@@ -204,24 +204,6 @@ def main(params: Params) -> None:
             export_unet(whole, UNET, sampling, lineage)
 
 
-def start_accelerator(options: Train) -> Accelerator:
-    """Devices, processes and precision, as `accelerate` and the params configure them."""
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else accelerate takes each of several for the only one
-        mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        fsdp_plugin=sharding_plugin(options.mixed_precision),
-    )
-    if options.mixed_precision == "fp16" and accelerator.scaler is None:
-        raise StageError(
-            f"params.yaml: train.mixed_precision fp16 needs a GPU, this is {accelerator.device}; "
-            'use bf16 or "no"'
-        )
-    check_launch(accelerator, options)
-    use_same_kernels(options.allow_tf32)
-    return accelerator
-
-
 def moving_average(unet: torch.nn.Module, options: Train) -> MovingAverage | None:
     if not options.use_ema:
         return None
@@ -242,7 +224,8 @@ def lean_main(params: Params) -> None:
     """``main`` in a process of its own; plain AdamW needs nothing that libraries import if they find it."""
     if params.train.lora_rank is None and params.train.optimizer == "adamw":
         leave_out("pandas", "peft", "scipy", "transformers")
-    main(params)
+    with memory_advice(params.train):
+        main(params)
 
 
 if __name__ == "__main__":

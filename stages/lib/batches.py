@@ -8,7 +8,7 @@ latents of one shape.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -161,10 +161,9 @@ def draw_batch(
     sizes = tuple(map(len, training_set.members))
     bucket, turn = bucket_turn(sizes, batch_size, seed, global_step)
     members, num_samples = training_set.members[bucket], sizes[bucket]
+    order = _orders(num_samples, seed, bucket)
     positions = range(turn * batch_size, (turn + 1) * batch_size)
-    samples = [
-        members[_permutation(num_samples, seed, bucket, p // num_samples)[p % num_samples]] for p in positions
-    ]
+    samples = [members[order(p // num_samples)[p % num_samples]] for p in positions]
     shape = (batch_size, *training_set.latent_shapes[bucket])
 
     def stream(purpose: str) -> torch.Generator:
@@ -229,8 +228,14 @@ def _epoch_turns(sizes: tuple[int, ...], batch_size: int, seed: int, epoch: int)
 
 
 @functools.lru_cache(maxsize=64)
-def _permutation(num_samples: int, seed: int, bucket: int, epoch: int) -> Sequence[int]:
-    return torch.randperm(num_samples, generator=generator(seed, "order", bucket, epoch)).tolist()
+def _orders(num_samples: int, seed: int, bucket: int) -> Callable[[int], Sequence[int]]:
+    """Epoch -> permutation of a bucket; a batch needs two at most."""
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> Sequence[int]:
+        return torch.randperm(num_samples, generator=generator(seed, "order", bucket, epoch)).tolist()
+
+    return order
 
 
 def _pick(rows: list[int], u: float) -> int:

@@ -134,14 +134,9 @@ class Checkpoints:
         """The weights of `save_best`.
 
         Raises:
-            StageError: if there are none because no sample is held out (``global_step`` is None), or
-                they cannot be read.
+            StageError: if they cannot be read.
         """
-        if global_step is None:
-            raise StageError(
-                "params.yaml: train.export best needs held-out samples, there are none; "
-                "set prepare.validation_fraction above 0, or train.export to last"
-            )
+        assert global_step is not None  # where nothing is held out, the best is refused at the start
         path = self._best(global_step)
         try:
             return torch.load(path, map_location="cpu", weights_only=True)["weights"]

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from accelerate import PartialState
 
 from stages.lib.checkpoint import Checkpoints
 from stages.lib.errors import StageError
@@ -16,12 +17,12 @@ _TEXTS = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_
 
 
 @contextlib.contextmanager
-def memory_advice(options: Train, checkpoints: Checkpoints) -> Iterator[None]:
+def memory_advice(options: Train, checkpoints: Checkpoints | None = None) -> Iterator[None]:
     """Turn out-of-memory errors of torch into a StageError with advice.
 
     Args:
         options: what is trained with.
-        checkpoints: what of the run is safe.
+        checkpoints: what of the run is safe, once it has begun.
     """
     try:
         yield
@@ -31,7 +32,7 @@ def memory_advice(options: Train, checkpoints: Checkpoints) -> Iterator[None]:
         raise StageError(
             f"out of memory with train.train_batch_size {options.train_batch_size} in "
             f"{options.gradient_accumulation_steps} part(s): {str(error).strip().splitlines()[0]}; "
-            + "; ".join([*_advice(options), checkpoints.kept()])
+            + "; ".join([*_advice(options), *([checkpoints.kept()] if checkpoints else [])])
         ) from error
 
 
@@ -44,11 +45,11 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _advice(options: Train) -> Iterator[str]:
+    # As `parts_of_process` splits a batch.
+    size = options.train_batch_size // PartialState().num_processes
     parts = options.gradient_accumulation_steps
-    if options.train_batch_size > parts:
-        more = next(
-            n for n in range(parts + 1, options.train_batch_size + 1) if options.train_batch_size % n == 0
-        )
+    if size > parts:
+        more = next(n for n in range(parts + 1, size + 1) if size % n == 0)
         yield f"set train.gradient_accumulation_steps to {more} (same result, smaller parts)"
         yield "or lower train.train_batch_size"
     if not options.gradient_checkpointing:

@@ -1,16 +1,44 @@
-"""What several training processes have to agree on."""
+"""The processes that train, and what they have to agree on."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, DynamoBackend, broadcast_object_list, gather_object
 
+from stages.lib.devices import use_same_kernels
 from stages.lib.errors import StageError
 from stages.lib.params import Train
+from stages.lib.sharding import sharding_plugin
 
 _KNOWN = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP}
+
+
+def start_accelerator(options: Train) -> Accelerator:
+    """Devices, processes and precision, as `accelerate` and the params configure them.
+
+    Raises:
+        StageError: if the two contradict each other, or the device cannot do what is asked for.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else accelerate takes each of several for the only one
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        fsdp_plugin=sharding_plugin(options.mixed_precision),
+        # DDP would regroup the gradients after the first step, also after that of a resumed run, and
+        # with them the order in which three processes and more sum them.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if options.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise StageError(
+            f"params.yaml: train.mixed_precision fp16 needs a GPU, this is {accelerator.device}; "
+            'use bf16 or "no"'
+        )
+    check_launch(accelerator, options)
+    use_same_kernels(options.allow_tf32)
+    return accelerator
 
 
 def check_launch(accelerator: Accelerator, options: Train) -> None:
@@ -27,6 +55,12 @@ def check_launch(accelerator: Accelerator, options: Train) -> None:
         raise StageError(
             f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS: expected train.gradient_accumulation_steps "
             f"{options.gradient_accumulation_steps}, got {parts}; unset it"
+        )
+    backend = accelerator.state.dynamo_plugin.backend
+    if backend != DynamoBackend.NO:
+        raise StageError(
+            f"accelerate: expected no dynamo backend, got {backend.value.lower()}; take it out of its "
+            "configuration or ACCELERATE_DYNAMO_BACKEND, and set train.torch_compile instead"
         )
 
 

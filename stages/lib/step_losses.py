@@ -66,7 +66,16 @@ def check_finite(
             what = "gradient"
         if bad:
             culprits = ", ".join(f"{sample_ids[sample]} (timestep {timestep})" for sample, timestep in bad)
-            raise StageError(f"non-finite {what} at step {global_step}: {culprits}; {remedy}")
+            raise StageError(f"non-finite {what} at step {global_step + 1}: {culprits}; {remedy}")
+
+
+def check_loss_scale(scaler: torch.amp.GradScaler | None, checkpoints: Checkpoints) -> None:
+    """Raise StageError if the loss scale of fp16 has sunk below 1: then no step's gradient is finite."""
+    if scaler is not None and scaler.get_scale() < 1.0:
+        raise StageError(
+            f"the loss scale of fp16 has sunk to {scaler.get_scale():g}: gradients overflow whatever it is; "
+            f"{checkpoints.kept()}; set train.mixed_precision to bf16, or lower train.learning_rate"
+        )
 
 
 def checked(summary: dict[str, float], num_steps: int, checkpoints: Checkpoints) -> dict[str, float]:

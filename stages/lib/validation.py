@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,11 @@ import torch
 
 from stages.lib.conditioning import Conditioning
 from stages.lib.draws import generator
+from stages.lib.errors import StageError
 from stages.lib.latents import Latents, sample_latents
 from stages.lib.objective import denoising_target, sample_losses
-from stages.lib.pairs import SampleCaptions
-from stages.lib.params import Validation
+from stages.lib.pairs import VALIDATION, SampleCaptions
+from stages.lib.params import Train, Validation
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -64,6 +65,20 @@ class HeldOutLosses:
 def evenly_spaced_timesteps(num_timesteps: int, num_train_timesteps: int) -> list[int]:
     """Midpoints of ``num_timesteps`` equal parts of the noise schedule."""
     return [int((part + 0.5) * num_train_timesteps / num_timesteps) for part in range(num_timesteps)]
+
+
+def check_held_out(samples: Sequence[SampleCaptions], options: Train) -> None:
+    """Raise StageError if nothing is held out to tell the best step or a stalled run by."""
+    wishes = {
+        "export": options.export == "best",
+        "early_stopping_patience": options.early_stopping_patience is not None,
+    }
+    wished = [f"train.{name}" for name, wish in wishes.items() if wish]
+    if wished and not any(sample.split == VALIDATION for sample in samples):
+        raise StageError(
+            f"params.yaml: {' and '.join(wished)} need held-out samples, there are none; set "
+            "prepare.validation_fraction above 0, or train.export to last and early_stopping_patience to null"
+        )
 
 
 @torch.no_grad()
