@@ -95,7 +95,9 @@ def main(params: Params) -> None:
         "model_fingerprint": recipe["model"],
     }
     groups = by_shape(images, options)
-    write_latents(moments, groups, attributes, downsampling(vae_config), vae_config["latent_channels"])
+    redone = write_latents(
+        moments, groups, attributes, downsampling(vae_config), vae_config["latent_channels"]
+    )
     store = verify_store(LATENTS, "encode_images")
     reconstructions = read_reconstructions(decoded, checked)
     write_report(groups, left_out, reconstructions, options)
@@ -103,7 +105,7 @@ def main(params: Params) -> None:
     metrics = {
         "num_encoded_images": len(images),
         "num_left_out": len(left_out),
-        "num_redone_in_float32": sum(bool(row.get("redone")) for row in moments.rows(all_keys(images))),
+        "num_redone_in_float32": len(redone),
         "cropped_fraction": float(np.mean([image.cropped_fraction for image in images])),
         **channel_statistics(means),
         **scores(reconstructions),
@@ -207,8 +209,12 @@ def write_latents(
     attributes: dict[str, Any],
     factor: int,
     latent_channels: int,
-) -> None:
-    """data/latents.zarr: moments and names, each group in ``sample_id`` order."""
+) -> set[str]:
+    """data/latents.zarr: moments and names, each group in ``sample_id`` order.
+
+    Returns:
+        Keys of the views that overflowed in the dtype of the params, and were encoded in float32.
+    """
     dimensions = ("sample", "view", "channel", "height", "width")
     schema = {}
     for name, images in groups.items():
@@ -218,16 +224,19 @@ def write_latents(
         schema[f"{name}logvar"] = ArraySpec(shape, np.float16, dimensions)
         schema[f"{name}sample_id"] = ArraySpec(shape[:1], str, ("sample",))
     store = create_store(LATENTS, schema, attributes)
+    redone: set[str] = set()
     for name, images in groups.items():
-        write_rows(store[name.rstrip("/")] if name else store, sample_rows(moments, images))
+        write_rows(store[name.rstrip("/")] if name else store, sample_rows(moments, images, redone))
     finish_store(LATENTS, store)
+    return redone
 
 
-def sample_rows(moments: WorkStore, images: list[FramedImage]) -> Iterator[Row]:
-    """Each image's views side by side, (V, 4, h, w), and its name."""
+def sample_rows(moments: WorkStore, images: list[FramedImage], redone: set[str]) -> Iterator[Row]:
+    """Each image's views side by side, (V, 4, h, w), and its name; adds redone views' keys to ``redone``."""
     rows = moments.rows(all_keys(images))
     for image in images:
         views = [next(rows) for _ in image.views]
+        redone.update(key for key, view in zip(image.keys, views, strict=True) if view.get("redone"))
         yield {
             "mean": np.stack([view["mean"] for view in views]),
             "logvar": np.stack([view["logvar"] for view in views]),

@@ -40,8 +40,9 @@ from stages.lib.work import Row, WorkStore
 logger = logging.getLogger(__name__)
 
 Encode = Callable[[Sequence[Any]], list[Row]]
-BLOCK_ROWS = 64
+BLOCK_ROWS, GPU_BLOCK_ROWS = 64, 256
 IN_PROCESS_ROWS = 32  # so few are encoded sooner than worker processes start
+MAX_LOADERS = 16  # more hold more memory, and a GPU encodes no faster
 
 
 class Item(NamedTuple):
@@ -97,14 +98,15 @@ def encode_missing(
     """Encode what ``store`` lacks of ``keys``; afterwards it holds them all.
 
     Args:
-        store: that gets the rows, in blocks of at most 64.
+        store: that gets the rows.
         keys: of all rows wanted; a key may come twice, for two samples with the same image.
         items_of: gives the items of the keys it is asked for, and may give others.
         description: shown at the progress bar.
         unit: what a row is, in the plural.
 
     Raises:
-        StageError: naming every sample of a batch whose row holds a non-finite value.
+        StageError: naming every sample of a batch whose row holds a non-finite value, or if
+            SD_WORKERS is no number of workers.
     """
     state = processes()
     if state.is_main_process:
@@ -114,12 +116,13 @@ def encode_missing(
     missing = {key for key in keys if key not in store}
     mine = {key for key in missing if _falls_to(state, key)}
     reused = len(set(keys)) - len(missing)
-    with progress_bar(description, unit, reused + len(mine), reused, state.is_local_main_process) as progress:
-        progress.set_postfix(reused=reused, encoded=0)
+    shown = state.is_local_main_process and bool(mine)
+    with progress_bar(description, unit, reused + len(mine), reused, shown) as progress:
+        progress.set_postfix(reused=reused, encoded=0, refresh=False)
 
         def done(count: int) -> None:
+            progress.set_postfix(reused=reused, encoded=progress.n + count - reused, refresh=False)
             progress.update(count)
-            progress.set_postfix(reused=reused, encoded=progress.n - reused, refresh=False)
 
         _encode(store, _distinct(items_of(mine), mine), encoder, state.device.type, done)
     state.wait_for_everyone()
@@ -144,11 +147,16 @@ def _distinct(items: Iterable[Item], wanted: set[str]) -> Iterator[Item]:
 def _encode(
     store: WorkStore, items: Iterator[Item], encoder: Encoder, device: str, done: Callable[[int], object]
 ) -> None:
-    """Encode and write; rows in work and rows not yet written, what a kill loses, make at most a block."""
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    num_workers = max(1, int(os.environ.get("SD_WORKERS", (os.cpu_count() or 1) // local_processes)))
+    """Encode and write.
+
+    What a kill loses: on a CPU the rows in flight, two batches a worker, and those not yet written,
+    together less than 64, or than 5/4 of those in flight if that is more. On a GPU rows in flight are
+    only loaded, and a kill loses less than two blocks of 256 and a batch each.
+    """
+    num_workers = count_workers(device)
     ahead = 2 * num_workers
-    block_rows = max(encoder.batch_size, BLOCK_ROWS - ahead * encoder.batch_size)
+    in_flight = ahead * encoder.batch_size
+    block_rows = max(BLOCK_ROWS - in_flight, in_flight // 4) if device == "cpu" else GPU_BLOCK_ROWS
     pending: dict[Hashable, list[tuple[Item, Row]]] = collections.defaultdict(list)
     with ThreadPoolExecutor(1) as writer:
         writing: Future | None = None
@@ -172,6 +180,24 @@ def _encode(
             writing = write(group)
         if writing is not None:
             writing.result()
+
+
+def count_workers(device: str) -> int:
+    """``SD_WORKERS``, or this process's share of the cores that it may use; on a GPU at most 16 of them.
+
+    Raises:
+        StageError: if SD_WORKERS is not a whole number of 1 or more.
+    """
+    if configured := os.environ.get("SD_WORKERS", "").strip():
+        if not configured.isdecimal() or int(configured) == 0:
+            raise StageError(
+                f"SD_WORKERS: expected the number of encoder processes, 1 or more, got {configured!r}; "
+                "unset it for one a core"
+            )
+        return int(configured)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return share if device == "cpu" else min(share, MAX_LOADERS)
 
 
 def _batches(items: Iterator[Item], batch_size: int) -> Iterator[list[Item]]:

@@ -86,17 +86,30 @@ def create_store(path: Path, arrays: Mapping[str, ArraySpec], attributes: Mappin
 
 
 def write_rows(group: zarr.Group, rows: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Fill the arrays of a group from an iterable of rows, a file at a time: memory stays bounded."""
-    start, pending = 0, []
-    size = None
+    """Fill the arrays of a group from an iterable of rows, a file at a time: memory stays bounded.
+
+    Raises:
+        StageError: if the rows, or their number, are not those of the schema.
+    """
+    start, size, pending = 0, 0, []
+    names: list[str] = []
     for row in rows:
-        size = size or _file_rows(_array(group, next(iter(row))))
+        names = names or list(row)
+        size = size or _file_rows(_array(group, names[0]))
         pending.append(row)
         if len(pending) == size:
             start = _flush(group, start, pending)
             pending = []
     if pending:
-        _flush(group, start, pending)
+        start = _flush(group, start, pending)
+    for name in names:  # the rest of the last chunk would read as zeros
+        expected = _array(group, name).shape[0]
+        if start != expected:
+            path = str(group.store_path).removeprefix("file://")
+            raise StageError(
+                f"{path}/{name}: expected {expected} rows, got {start}; the stage's inputs changed while "
+                "it ran, or its code is wrong: run it again"
+            )
 
 
 def finish_store(path: Path, group: zarr.Group) -> None:

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import platform
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 Row = dict[str, np.ndarray]
 
 NUM_OPEN_BLOCKS = 32
+_DAY = 24 * 60 * 60  # seconds
 _DTYPES = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
     "U64": "<u8", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "C64": "<c8",
@@ -248,7 +250,7 @@ class Block:
 @contextlib.contextmanager
 def open_atomically(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which is there as a whole and durable at the end, and after an error not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}@{platform.node()}.partial")
     try:
         with open(partial, "wb") as handle:
             yield handle
@@ -270,10 +272,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_partials(directory: Path) -> None:
-    """Remove what killed processes were writing; those alive keep theirs."""
+    """Remove what killed processes were writing, and what another host began more than a day ago."""
     for partial in directory.glob("*.partial"):
-        if not _is_alive(int(partial.name.split(".")[-2])):
-            partial.unlink(missing_ok=True)
+        writer, _, host = partial.name.removesuffix(".partial").rpartition("@")
+        with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+            if host == platform.node():
+                abandoned = not _is_alive(int(writer.rpartition(".")[2]))
+            else:
+                abandoned = time.time() - partial.stat().st_mtime > _DAY
+            if abandoned:
+                partial.unlink()
 
 
 def _is_alive(pid: int) -> bool:
