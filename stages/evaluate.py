@@ -83,6 +83,9 @@ def main(params: Params, stage: str) -> None:
     samples = latents.encoded(read_captions(Path("data/pairs/captions.parquet")))
     clip = clip_of_the_base()
     inception = inception_for_fid(options, clip)
+    if is_tuned:
+        base, reference = read_measurements(BASELINE / "measurements.safetensors")
+        check_same_inception(base, inception)
     chosen = metric_samples(samples, options.num_metric_samples) if clip else []
     captions = [sample.captions[0] for sample in chosen]
     renderer = load_renderer(
@@ -104,8 +107,6 @@ def main(params: Params, stage: str) -> None:
     measured = measure_unet(losses, scheduler, clip, inception, [made.path for made in pictures], captions)
 
     if is_tuned:
-        base, reference = read_measurements(BASELINE / "measurements.safetensors")
-        check_same_inception(base, measured)
         learning(renderer, PREVIEWS).save(EVALUATION / "learning.png")
         draw_beside_base(options, samples)
         memorised = draw_nearest(options, samples, pictures, measured, reference)
@@ -141,8 +142,8 @@ def inception_for_fid(options: Evaluate, clip: Clip | None) -> Inception | None:
     return load_inception(Path(options.inception_weights))
 
 
-def check_same_inception(base: Measurements, tuned: Measurements) -> None:
-    if base.inception_fingerprint != tuned.inception_fingerprint:
+def check_same_inception(base: Measurements, inception: Inception | None) -> None:
+    if base.inception_fingerprint != (inception.fingerprint if inception else ""):
         raise StageError(
             "evaluate.inception_weights: the file is not the one that data/baseline was measured with; "
             "run `dvc repro -f -s baseline`, then `dvc repro`"

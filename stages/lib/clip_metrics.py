@@ -71,12 +71,6 @@ class SquaredMMD:
             - 2.0 * cross
         )
 
-    @property
-    def value(self) -> float:
-        """Every picture with weight 1."""
-        generated, reference = (torch.ones(1, size).double() for size in self.cross_kernel.shape)
-        return self(generated, reference).item()
-
 
 def kid(generated: torch.Tensor, reference: torch.Tensor) -> SquaredMMD:
     """KID (Binkowski et al. 2018, Demystifying MMD GANs) on CLIP's features: lower is better.
@@ -107,24 +101,40 @@ def cmmd(generated: torch.Tensor, reference: torch.Tensor) -> SquaredMMD:
     return _squared_mmd(*(CMMD_SCALE * _gaussian(*pair) for pair in _pairs(generated, reference)))
 
 
-def frechet_distance(generated: torch.Tensor, reference: torch.Tensor) -> float:
+@dataclass(frozen=True)
+class FrechetDistance:
+    """``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` of means and covariances, a function of weights.
+
+    A bootstrap would bias it upwards: pictures drawn twice lower the rank of their covariance.
+    """
+
+    generated: torch.Tensor  # (G, D) float64
+    reference: torch.Tensor  # (R, D) float64
+
+    def __call__(self, generated_weights: torch.Tensor, reference_weights: torch.Tensor) -> torch.Tensor:
+        """(B, G) and (B, R) float64 weights to (B,)."""
+        pairs = zip(generated_weights, reference_weights, strict=True)
+        return torch.stack([self._of(*weights) for weights in pairs])
+
+    def _of(self, generated_weights: torch.Tensor, reference_weights: torch.Tensor) -> torch.Tensor:
+        mean, root = _mean_and_root(self.generated, generated_weights)
+        other_mean, other_root = _mean_and_root(self.reference, reference_weights)
+        # (R^T R S^T S)^(1/2) has the trace of ((R S^T)^T R S^T)^(1/2), which the singular values add up to.
+        trace = torch.linalg.svdvals(root @ other_root.T).sum()
+        shift = (mean - other_mean).square().sum()
+        return shift + root.square().sum() + other_root.square().sum() - 2.0 * trace
+
+
+def frechet_distance(generated: torch.Tensor, reference: torch.Tensor) -> FrechetDistance:
     """FID (Heusel et al. 2017, equation 6) on whatever features: lower is better.
 
-    ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` of means and covariances. Biased upwards by few
-    pictures: for many more than D a side.
+    Biased upwards by few pictures: for many more than D a side.
 
     Raises:
         StageError: if a side has fewer than two pictures.
     """
     _require_pairs(generated, reference)
-    generated, reference = generated.double(), reference.double()
-    first, second = torch.cov(generated.T), torch.cov(reference.T)  # (D, D)
-    # (C1 C2)^(1/2) has the trace of the symmetric (C1^(1/2) C2 C1^(1/2))^(1/2), which is safe to take.
-    values, vectors = torch.linalg.eigh(first)
-    root = (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
-    trace = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0.0).sqrt().sum()
-    shift = (generated.mean(dim=0) - reference.mean(dim=0)).square().sum()
-    return (shift + first.trace() + second.trace() - 2.0 * trace).item()
+    return FrechetDistance(generated.double(), reference.double())
 
 
 @dataclass(frozen=True)
@@ -207,3 +217,10 @@ def _mean_of_pairs(kernel: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted mean off the diagonal: (N, N) and (B, N) to (B,)."""
     num_pairs = weights.sum(dim=1).square() - weights.square().sum(dim=1)
     return ((weights @ kernel) * weights).sum(dim=1) / num_pairs
+
+
+def _mean_and_root(features: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (D,) of (N, D) under (N,) weights, and a root R (min(N, D), D) of the covariance, ``R^T R``."""
+    mean = weights @ features / weights.sum()
+    centred = (weights / (weights.sum() - 1.0)).sqrt()[:, None] * (features - mean)
+    return mean, torch.linalg.qr(centred, mode="r").R

@@ -205,8 +205,8 @@ def _denoising(
     if every_steps is None:
         return draw_message("No denoising strips: evaluate.denoising_every_steps is null")
     length = len(strips[0][1].path)
-    steps = [every_steps * (column + 1) for column in range(length - 1)]
-    columns = [*(f"step {step}" for step in steps), f"step {setting.num_inference_steps}"]
+    # The last has no number: PNDM, for one, takes more steps than num_inference_steps.
+    columns = [*(f"step {every_steps * (column + 1)}" for column in range(length - 1)), "picture"]
     decoded = decode(renderer, [latents for _, rendered in strips for latents in rendered.path])
     rows = [
         Row(prompt, decoded[number * length : (number + 1) * length])

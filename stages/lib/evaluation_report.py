@@ -18,11 +18,24 @@ from stages.lib.clip_metrics import (
     kid,
     nearest_images,
 )
-from stages.lib.intervals import MIN_LABELS, Statistic, bootstrap_interval, difference, mean_of
+from stages.lib.intervals import (
+    MIN_LABELS,
+    Interval,
+    Statistic,
+    bootstrap_interval,
+    difference,
+    equal_weights,
+    jackknife_interval,
+    mean_of,
+    remembered,
+)
 from stages.lib.measurements import Measurements, Reference
 from stages.lib.params import Evaluate
 
 Estimate = dict[str, float | None]
+Rows = Sequence[Sequence[Hashable]]
+FindInterval = Callable[[Statistic, Rows, Evaluate], Interval]
+Distance = Callable[[torch.Tensor, torch.Tensor], Statistic]
 SUMMARY = (
     "base_validation_loss",
     "tuned_validation_loss",
@@ -43,6 +56,16 @@ _CLIP_METRICS = {
 UNKNOWN: Estimate = {"value": None, "low": None, "high": None}
 
 
+def bootstrapped(statistic: Statistic, rows: Rows, options: Evaluate) -> Interval:
+    return bootstrap_interval(
+        statistic, rows, options.bootstrap_seed, options.bootstrap_resamples, options.bootstrap_level
+    )
+
+
+def jackknifed(statistic: Statistic, rows: Rows, options: Evaluate) -> Interval:
+    return jackknife_interval(statistic, rows, options.bootstrap_seed, options.bootstrap_level)
+
+
 @dataclass(frozen=True)
 class Metric:
     """One number of a UNet.
@@ -51,25 +74,26 @@ class Metric:
         name: in metrics.json, after ``base_`` or ``tuned_``.
         label: for people.
         better: ``higher`` or ``lower``.
-        rows: labels of what the statistic's weights weigh, see `bootstrap_interval`; none for a number
-            without an interval.
+        rows: labels of what the statistic's weights weigh, see `bootstrap_interval`.
         statistic: of a UNet's measurements; None where it cannot be computed.
         note: what it was computed from, and what to read it beside.
         real: the same of held-out images in the place of generated ones, if that says something.
         values: of which the statistic is the mean, (N,), where runs are compared by it one by one.
         names: of these values, N: what they were measured on.
+        interval: how it is found.
     """
 
     name: str
     label: str
     better: str
-    rows: Sequence[Sequence[Hashable]]
+    rows: Rows
     statistic: Callable[[Measurements], Statistic | None]
     note: str
     real: Statistic | None = None
-    real_rows: Sequence[Sequence[Hashable]] = ()
+    real_rows: Rows = ()
     values: Callable[[Measurements], torch.Tensor] | None = None
     names: Sequence[str] = ()
+    interval: FindInterval = bootstrapped
 
 
 def metrics_of(
@@ -96,7 +120,8 @@ def report_entries(
 def base_numbers(metrics: Sequence[Metric], base: Measurements, options: Evaluate) -> dict[str, float | None]:
     """data/baseline/metrics.json: ``base_<name>`` and the ends of its interval, ``_low`` and ``_high``."""
     return _flat(
-        (f"base_{metric.name}", _estimate(metric.statistic(base), metric.rows, options)) for metric in metrics
+        (f"base_{metric.name}", _estimate(metric.statistic(base), metric.rows, metric.interval, options))
+        for metric in metrics
     )
 
 
@@ -130,7 +155,7 @@ def _entry(metric: Metric, base: Measurements, tuned: Measurements, options: Eva
     statistics = metric.statistic(base), metric.statistic(tuned)
     entry: dict[str, Any] = {"name": metric.name, "label": metric.label, "better": metric.better}
     entry |= {
-        unet: _estimate(statistic, metric.rows, options)
+        unet: _estimate(statistic, metric.rows, metric.interval, options)
         for unet, statistic in zip(("base", "tuned"), statistics, strict=True)
     }
     note, change = metric.note, None
@@ -141,9 +166,9 @@ def _entry(metric: Metric, base: Measurements, tuned: Measurements, options: Eva
         )
     elif statistics[0] is not None and statistics[1] is not None:
         change = difference(statistics[1], statistics[0])
-    entry |= {"difference": _estimate(change, metric.rows, options), "note": note}
+    entry |= {"difference": _estimate(change, metric.rows, metric.interval, options), "note": note}
     if metric.real is not None:
-        entry["real"] = _estimate(metric.real, metric.real_rows, options)
+        entry["real"] = _estimate(metric.real, metric.real_rows, metric.interval, options)
     if metric.values is not None and None not in (entry["base"]["value"], entry["tuned"]["value"]):
         entry["values"] = {
             "names": list(metric.names),
@@ -153,17 +178,17 @@ def _entry(metric: Metric, base: Measurements, tuned: Measurements, options: Eva
     return entry
 
 
-def _estimate(statistic: Statistic | None, rows: Sequence[Sequence[Hashable]], options: Evaluate) -> Estimate:
+def _estimate(
+    statistic: Statistic | None, rows: Rows, find_interval: FindInterval, options: Evaluate
+) -> Estimate:
     if statistic is None:
         return UNKNOWN
-    value = statistic(*(torch.ones(1, len(labels), dtype=torch.float64) for labels in rows)).item()
+    value = statistic(*equal_weights(rows)).item()
     if not math.isfinite(value):
         return UNKNOWN
-    if not rows or any(len(set(labels)) < MIN_LABELS for labels in rows):
+    if any(len(set(labels)) < MIN_LABELS for labels in rows):
         return {**UNKNOWN, "value": value}
-    interval = bootstrap_interval(
-        statistic, rows, options.bootstrap_seed, options.bootstrap_resamples, options.bootstrap_level
-    )
+    interval = find_interval(statistic, rows, options)
     return {"value": interval.estimate, "low": interval.low, "high": interval.high}
 
 
@@ -246,15 +271,16 @@ def _distance_metrics(reference: Reference, prompted: list[str]) -> Iterator[Met
     num_held_out, width = reference.held_out.shape
     fewest = min(len(prompted), num_held_out)
 
-    def frechet(unet: Measurements) -> Statistic:
-        value = torch.tensor(frechet_distance(_generated(unet), reference.held_out), dtype=torch.float64)
-        return lambda: value
+    distances: tuple[tuple[str, Distance, int, FindInterval], ...] = (
+        ("kid", kid, 2, bootstrapped),
+        ("cmmd", cmmd, 2, bootstrapped),
+        ("frechet_distance", _frechet_distance, 2 * width, jackknifed),
+    )
+    for name, distance, needed, interval in distances:
 
-    for name, statistic, needed in (
-        ("kid", lambda unet: kid(_generated(unet), reference.held_out), 2),
-        ("cmmd", lambda unet: cmmd(_generated(unet), reference.held_out), 2),
-        ("frechet_distance", frechet, 2 * width),
-    ):
+        def statistic(unet: Measurements, distance: Distance = distance) -> Statistic:
+            return distance(_generated(unet), reference.held_out)
+
         label, better = _CLIP_METRICS[name]
         note = _of_both(prompted, reference)
         if fewest < needed:
@@ -263,9 +289,10 @@ def _distance_metrics(reference: Reference, prompted: list[str]) -> Iterator[Met
             name,
             label,
             better,
-            [range(len(prompted)), range(num_held_out)] if name != "frechet_distance" else (),
+            [range(len(prompted)), range(num_held_out)],
             statistic if fewest >= needed else _unknown,
             note,
+            interval=interval,
         )
 
 
@@ -274,11 +301,21 @@ def _fid(reference: Reference, prompted: list[str]) -> Metric:
         generated, real = unet.inception_features, reference.held_out_inception
         if generated is None or real is None or min(len(generated), len(real)) < 2:
             return None
-        value = torch.tensor(frechet_distance(generated, real), dtype=torch.float64)
-        return lambda: value
+        return _frechet_distance(generated, real)
 
-    note = f"{_of_both(prompted, reference)}; published values are of many thousands"
-    return Metric("fid", "FID on Inception's features", "lower", (), distance, note)
+    return Metric(
+        "fid",
+        "FID on Inception's features",
+        "lower",
+        [range(len(prompted)), range(len(reference.held_out))],
+        distance,
+        f"{_of_both(prompted, reference)}; published values are of many thousands",
+        interval=jackknifed,
+    )
+
+
+def _frechet_distance(generated: torch.Tensor, reference: torch.Tensor) -> Statistic:
+    return remembered(frechet_distance(generated, reference))  # seconds where features are wide
 
 
 def _of_both(prompted: list[str], reference: Reference) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ def draw_grid(title: str, columns: Sequence[str], rows: Sequence[Row], label_wid
         labels += [_line(left, under, number, line) for number, line in enumerate(lines)]
     for index, row in enumerate(rows):
         upper = top + index * (side + MARGIN)
-        lines = wrap(row.label, label_width - 2 * MARGIN, LABEL_SIZE)[: side // LINE]
+        lines = _shortened(row.label, label_width - 2 * MARGIN, side // LINE)
         labels += [_line(MARGIN, upper, number, line) for number, line in enumerate(lines)]
         for column, picture in enumerate(row.pictures):
             left = label_width + column * (side + MARGIN)
@@ -67,6 +68,15 @@ def stack(pictures: Sequence[Image.Image], beside: bool = False) -> Image.Image:
         sheet.paste(picture, (left, top))
         left, top = (left + picture.width, top) if beside else (left, top + picture.height)
     return sheet
+
+
+def _shortened(text: str, width: int, num_lines: int) -> list[str]:
+    """``text`` in lines of ``width`` pixels, with an ellipsis where there are too many."""
+    lines = wrap(text, width, LABEL_SIZE)
+    if len(lines) <= num_lines:
+        return lines
+    room = width - math.ceil(text_width("…", LABEL_SIZE))
+    return [*lines[: num_lines - 1], wrap(lines[num_lines - 1], room, LABEL_SIZE)[0] + "…"]
 
 
 def _line(left: int, top: int, number: int, text: str) -> Label:
