@@ -3,11 +3,12 @@
     python benchmarks/encode_images.py throughput    # against the bare VAE and a plain loop
     python benchmarks/encode_images.py memory        # peak with 2,000 and with 20,000 images
     python benchmarks/encode_images.py incremental   # 2,000 images, then 20 more, 5 edited, 5 removed
-    python benchmarks/encode_images.py kills         # SIGKILL to the stage at 20 moments, and to dvc
+    python benchmarks/encode_images.py kills         # SIGKILL to the encoding stage 20 times, and to dvc
 
 Each writes benchmarks/results/encode_images_<name>.json. Images are OpenMoji artwork as JPEG files of
-320 x 288 pixels, the later ones tinted so that no two are the same. The VAE is Stable Diffusion's (f8)
-with a quarter of its widths (throughput) or an eighth, and random weights. Run it on an idle machine.
+320 x 288 pixels, each with its number drawn into it, so that no two are the same. The VAE is Stable
+Diffusion's (f8) with random weights and a quarter of its widths (throughput, incremental: 256 pixels)
+or an eighth (memory, kills: 64 pixels); it encodes batches of 2. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -33,7 +35,7 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -50,7 +52,8 @@ from stages.lib.work import Block, WorkStore  # noqa: E402
 from tests.checkpoints import sd15_like  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-BATCH_SIZE, LOOP_BATCH_SIZE, NUM_WORKERS = 4, 16, os.cpu_count() or 1
+BATCH_SIZE, LOOP_BATCH_SIZE, NUM_WORKERS = 2, 16, os.cpu_count() or 1
+KILL_SECONDS = 3.0  # after the first block; 600 images of 64 pixels take a little longer
 DVC = [sys.executable, "-m", "dvc"]
 
 
@@ -60,12 +63,21 @@ def write_images(folder: Path, numbers: range, seed: int = 0) -> None:
     with open_source(ROOT / "data" / "openmoji", "text", 288, folder) as source:
         rows = source.rows
         for number in numbers:
-            row, tint = rows[number % len(rows)], number // len(rows) + 100 * seed
+            row = rows[number % len(rows)]
             artwork = Image.open(io.BytesIO(source.read(row.sample_id)))
-            picture = Image.new("RGB", (320, 288), (255 - tint % 64, 255 - tint // 64, 250))
+            picture = Image.new("RGB", (320, 288), "white")
             picture.paste(artwork, (16, 0))
+            draw_number(picture, number + (seed << 16))
             picture.save(folder / f"{number:05d}.jpg", quality=92)
             (folder / f"{number:05d}.txt").write_text(row.captions[0])
+
+
+def draw_number(picture: Image.Image, number: int) -> None:
+    """24 bits as black and white blocks along the lower edge, inside the centre crop."""
+    draw = ImageDraw.Draw(picture)
+    for bit in range(24):
+        left = 16 + 12 * bit
+        draw.rectangle((left, 276, left + 11, 287), fill="black" if number >> bit & 1 else "white")
 
 
 def write_params(directory: Path, **changes: dict) -> None:
@@ -258,16 +270,21 @@ def memory() -> dict:
 # incremental
 
 
+def dvc_environment(**changes: str) -> dict[str, str]:
+    """With this Python as the stages' ``python``."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, **changes}
+
+
 def repro(*arguments: str) -> tuple[float, str]:
     """Seconds and standard error of `dvc repro`."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     started = time.monotonic()
     done = subprocess.run(
         [*DVC, "repro", *arguments],
         check=True,
         capture_output=True,
         text=True,
-        env={**os.environ, "PATH": path},
+        env=dvc_environment(),
     )
     return time.monotonic() - started, done.stderr + done.stdout
 
@@ -328,37 +345,70 @@ def incremental(num_images: int = 2_000, width_divisor: int = 4) -> dict:
 # kills
 
 
-def kills(num_images: int = 2_000, num_kills: int = 20) -> dict:
-    """SIGKILL to the whole stage at random moments; then to dvc alone."""
-    result: dict = {"num_images": num_images, "num_kills": num_kills}
-    with project(num_images, 64, clone=True) as directory:
+def kills(num_images: int = 600, num_kills: int = 20) -> dict:
+    """SIGKILL to the whole stage while it encodes, each time from an empty store; then to dvc alone."""
+    with project(num_images, 64, clone=True):
+        show_every_batch()
         repro("prepare", "fetch_base")
         repro("encode_images", "encode_captions")
         undisturbed = fingerprints()
-        shutil.rmtree(".work")
-        moments, kept = random.Random(0), []
+        moments, found = random.Random(0), []
         for number in range(num_kills):
-            stage = subprocess.Popen(
-                [sys.executable, "-m", "stages.encode_images"],
-                start_new_session=True,
-                stderr=subprocess.DEVNULL,
-            )
-            time.sleep(moments.uniform(8, 20))
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(stage.pid, signal.SIGKILL)
-            stage.wait()
-            kept.append(rows_in_store(directory))
-            print(f"after kill {number + 1}: {kept[-1]} rows kept", flush=True)
-        result["rows_kept_after_each_kill"] = kept
-        repro("--force", "--single-item", "encode_images")
-        result["same_bytes_after_kills"] = fingerprints() == undisturbed
-        result["dvc_killed"] = kill_dvc(undisturbed)
-    return result
+            found.append(kill_and_continue(moments.uniform(0, KILL_SECONDS), undisturbed))
+            print(f"kill {number + 1}: {found[-1]}", flush=True)
+        dvc_killed = kill_dvc(undisturbed)
+    return {
+        "num_images": num_images,
+        "num_kills": num_kills,
+        "num_kills_while_encoding": sum(each["rows_kept"] < num_images for each in found),
+        "rows_encoded_and_not_kept_at_most": max(each["rows_encoded"] - each["rows_kept"] for each in found),
+        "kept_rows_encoded_again": sum(
+            each["rows_encoded_after"] + each["rows_kept"] - num_images for each in found
+        ),
+        "same_bytes_after_every_kill": all(each["same_bytes"] for each in found),
+        "kills": found,
+        "dvc_killed": dvc_killed,
+    }
 
 
-def rows_in_store(directory: Path) -> int:
+def show_every_batch() -> None:
+    """Let the stages of this clone print a line of progress for each batch, not only every ten seconds."""
+    path, seconds = Path("stages/lib/progress.py"), "LINE_SECONDS = 10.0"
+    text = path.read_text()
+    if seconds not in text:
+        sys.exit(f"{path}: expected {seconds!r}")
+    path.write_text(text.replace(seconds, "LINE_SECONDS = 0.0"))
+
+
+def kill_and_continue(seconds: float, undisturbed: dict[str, str]) -> dict:
+    """Kill the stage ``seconds`` after its first block, and run it again to its end."""
+    shutil.rmtree(".work/encode_images")
+    command, log = [sys.executable, "-m", "stages.encode_images"], Path("killed.log")
+    with open(log, "w") as handle:
+        stage = subprocess.Popen(command, start_new_session=True, stderr=handle)
+        while not rows_in_store():
+            if stage.poll() is not None:
+                sys.exit(f"the stage ended before its first block:\n{log.read_text()}")
+            time.sleep(0.02)
+        time.sleep(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(stage.pid, signal.SIGKILL)
+        stage.wait()
+    encoded = re.findall(r"^encode images: .*encoded=(\d+)", log.read_text(), re.MULTILINE)
+    kept = rows_in_store()
+    after = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+    return {
+        "seconds_after_first_block": round(seconds, 2),
+        "rows_encoded": int(encoded[-1]),
+        "rows_kept": kept,
+        "rows_encoded_after": rows_encoded(after.stderr)["encode images"],
+        "same_bytes": fingerprints() == undisturbed,
+    }
+
+
+def rows_in_store() -> int:
     count = 0
-    for path in directory.glob(".work/encode_images/*/*.safetensors"):
+    for path in Path(".work").glob("encode_images/*/*.safetensors"):
         with Block(path) as block:
             count += len(block.keys)
     return count
@@ -368,9 +418,11 @@ def kill_dvc(undisturbed: dict[str, str]) -> dict:
     """SIGKILL to dvc while its stage encodes; the next run waits for the stage that is left."""
     shutil.rmtree(".work")
     first = subprocess.Popen(
-        [*DVC, "repro", "--force", "--single-item", "encode_images"], stderr=subprocess.DEVNULL
+        [*DVC, "repro", "--force", "--single-item", "encode_images"],
+        stderr=subprocess.DEVNULL,
+        env=dvc_environment(SD_WORKERS="1"),  # so that it still encodes when the next run starts
     )
-    while not list(Path(".work").glob("encode_images/*/*.safetensors")):
+    while not rows_in_store():
         time.sleep(0.1)
     first.kill()
     first.wait()
@@ -384,7 +436,7 @@ def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in parts:
         sys.exit(f"usage: python benchmarks/encode_images.py {'|'.join(parts)}")
     os.environ.pop("SD_WORK", None)
-    result = parts[sys.argv[1]]()
+    result = {"batch_size": BATCH_SIZE, **parts[sys.argv[1]]()}
     result["machine"] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     result["packages"] = {name: version(name) for name in ("torch", "diffusers", "zarr", "dvc", "pillow")}
     RESULTS.mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,14 @@ def bundled_clip(directory: Path) -> Path:
     shutil.copytree(REPOSITORY / "data/tiny/tokenizer", directory, dirs_exist_ok=True)
     (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     return directory
+
+
+def value_of(
+    metric: Callable[..., Callable[..., torch.Tensor]], generated: torch.Tensor, reference: torch.Tensor
+) -> float:
+    """A distance of two sets of features, every picture with weight 1."""
+    weights = (torch.ones(1, len(features)).double() for features in (generated, reference))
+    return metric(generated, reference)(*weights).item()
 
 
 def emoji_features(directory: Path) -> SimpleNamespace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from PIL import Image, ImageDraw
 from stages import encode_captions, encode_images, fetch_base, prepare, tokenize_captions, train
 from stages.lib.params import Params, read_params
 from tests.checkpoints import tiny_pipeline
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a thread for each process and for what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parent.parent
 CAPTIONS = ("red cat", "dog", "rocket", "photo of a heart")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.lib.batches import TrainingSet, bucket_turn, draw_batch
+from stages.lib.batches import TrainingSet, bucket_turn, draw_batch, parts_of_process
 from stages.lib.draws import generator, unit_interval
 from stages.lib.params import read_params
 
@@ -41,6 +41,37 @@ def test_the_same_step_is_the_same_batch_and_another_is_not():
         assert not torch.equal(getattr(first, name), getattr(draw(3, seed=1), name)), name
 
 
+def test_every_draw_has_a_stream_of_its_own():
+    """A batch rebuilt from the generators: step 3 of 8 of 20 samples begins at the second epoch's fifth."""
+    options = dataclasses.replace(
+        OPTIONS, seed=3, noise_offset=0.5, input_perturbation=0.2, caption_dropout=0.4
+    )
+    data = training_set(captions=3)
+    batch = draw_batch(data, options, 3, 1000)
+
+    def stream(purpose: str) -> torch.Generator:
+        return generator(3, purpose, 3)
+
+    shape = (8, 4, 2, 2)
+    samples = torch.randperm(20, generator=generator(3, "order", 0, 1))[4:12]
+    choice = (3 * torch.rand(8, generator=stream("caption")).double()).long().tolist()
+    dropped = (torch.rand(8, generator=stream("caption dropout")) < 0.4).tolist()
+    rows = [data.caption_rows[sample][k] for sample, k in zip(samples.tolist(), choice, strict=True)]
+    channels = torch.randn(8, 4, 1, 1, generator=stream("noise offset")).double()
+    noise = torch.randn(shape, generator=stream("noise")).double() + 0.5 * channels
+    disturbed = noise + 0.2 * torch.randn(shape, generator=stream("input perturbation")).double()
+    assert 0 < sum(dropped) < 8
+    assert torch.equal(batch.samples, samples)
+    assert torch.equal(batch.views, torch.randint(2, (8,), generator=stream("view")))
+    assert torch.equal(batch.timesteps, torch.randint(1000, (8,), generator=stream("timestep")))
+    assert torch.equal(batch.posterior_noise, torch.randn(shape, generator=stream("posterior")))
+    assert batch.caption_rows.tolist() == [
+        0 if empty else row for row, empty in zip(rows, dropped, strict=True)
+    ]
+    torch.testing.assert_close(batch.noise.double(), noise, rtol=0, atol=1e-6)
+    torch.testing.assert_close(batch.input_noise.double(), disturbed, rtol=0, atol=1e-6)
+
+
 def test_noise_and_posterior_noise_are_independent_standard_normals():
     noise = torch.cat([draw(step).noise.flatten() for step in range(200)])
     posterior = torch.cat([draw(step).posterior_noise.flatten() for step in range(200)])
@@ -66,6 +97,16 @@ def test_parts_are_the_whole_batch_in_order():
     parts = [batch.part(index, 4) for index in range(4)]
     for name, value in vars(batch).items():
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), value), name
+
+
+@pytest.mark.parametrize(("num_processes", "num_parts"), [(1, 1), (2, 1), (2, 4), (4, 2)])
+def test_processes_share_the_parts_of_a_batch(num_processes, num_parts):
+    options = dataclasses.replace(OPTIONS, gradient_accumulation_steps=num_parts)
+    shares = [parts_of_process(options, index, num_processes) for index in range(num_processes)]
+    assert {total for _, total in shares} == {num_processes * num_parts}
+    assert {len(parts) for parts, _ in shares} == {num_parts}
+    taken = [part for parts, _ in shares for part in parts]
+    assert sorted(taken) == list(range(num_processes * num_parts))
 
 
 def test_timesteps_and_views_cover_their_range():
@@ -130,6 +171,20 @@ def test_each_bucket_gets_its_share_and_each_sample_its_turn():
     for number, size in enumerate(SIZES):
         share = (data.buckets[partly] == number).sum().item() / len(partly)
         assert share == pytest.approx(size / sum(SIZES), abs=0.1)
+
+
+def test_an_epoch_is_put_in_order_once(monkeypatch):
+    drawn, randperm = [], torch.randperm
+
+    def watched(num_samples: int, generator: torch.Generator) -> torch.Tensor:
+        drawn.append(generator.initial_seed())
+        return randperm(num_samples, generator=generator)
+
+    monkeypatch.setattr(torch, "randperm", watched)
+    data, options = bucketed(), dataclasses.replace(OPTIONS, seed=1234)
+    for step in range(40):
+        draw_batch(data, options, step, 1000)
+    assert len(drawn) == len(set(drawn)) > 3 * 7
 
 
 def test_buckets_come_in_a_mixed_order_that_the_seed_decides():

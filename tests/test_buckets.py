@@ -52,24 +52,29 @@ def reference_pixels(sample_id: str, width: int, height: int) -> torch.Tensor:
     return torch.from_numpy(array / 255 * 2 - 1).permute(2, 0, 1).float()
 
 
-def test_each_image_is_encoded_in_the_shape_nearest_to_it(shapes):
-    run_encoders(write_params(encode_images={**BUCKETS, "horizontal_flip": True}))
+def check_latents(num_views: int) -> dict[str, tuple[int, int]]:
+    """Hold the views, centre and perhaps mirrored, against diffusers; name -> its shape in pixels."""
     latents = read_latents()
     vae = AutoencoderKL.from_pretrained("data/base/vae").eval()
     found = {}
     for bucket in latents.buckets:
         height, width = (4 * side for side in bucket.mean.shape[-2:])
-        assert bucket.mean.shape[1] == 2
+        assert bucket.mean.shape[1] == num_views
         assert bucket.sample_ids == sorted(bucket.sample_ids)
         for row, sample_id in enumerate(bucket.sample_ids):
             found[sample_id] = (width, height)
             pixels = reference_pixels(sample_id, width, height)
-            for view, seen in enumerate((pixels, pixels.flip(-1))):
+            for view, seen in enumerate((pixels, pixels.flip(-1))[:num_views]):
                 with torch.no_grad():
                     mean = vae.encode(seen[None]).latent_dist.mean[0]
                 torch.testing.assert_close(bucket.mean[row, view].float(), mean, rtol=2e-3, atol=2e-3)
+    return found
+
+
+def test_each_image_is_encoded_in_the_shape_nearest_to_it(shapes):
+    run_encoders(write_params(encode_images={**BUCKETS, "horizontal_flip": True}))
     nearest = {(80, 72): (64, 64), (64, 64): (64, 64), (150, 100): (80, 48), (100, 150): (48, 80)}
-    assert found == {f"{number:02d}.png": nearest[SHAPES[number % 4]] for number in range(16)}
+    assert check_latents(2) == {f"{number:02d}.png": nearest[SHAPES[number % 4]] for number in range(16)}
     shapes_csv = Path("data/encode_images_report/shapes.csv").read_text()
     rows = list(csv.DictReader(shapes_csv.splitlines()))
     assert [(row["width"], row["height"], row["images"]) for row in rows] == [
@@ -79,6 +84,18 @@ def test_each_image_is_encoded_in_the_shape_nearest_to_it(shapes):
     ]
     assert float(rows[1]["most_cropped"]) == pytest.approx(1 - 64 / 71, abs=1e-4)
     assert float(rows[1]["most_upscaled"]) == pytest.approx(1.0)
+
+
+def test_images_are_encoded_in_the_shapes_that_are_listed(shapes):
+    prepare.main(read_params())
+    sizes = {"buckets": "sizes", "bucket_sizes": [[96, 64], [64, 64], [48, 64]], "resolution": 32}
+    encode_images.main(write_params(encode_images=sizes))
+    nearest = {(80, 72): (64, 64), (64, 64): (64, 64), (150, 100): (96, 64), (100, 150): (48, 64)}
+    assert check_latents(1) == {f"{number:02d}.png": nearest[SHAPES[number % 4]] for number in range(16)}
+    assert read_latents().resolution == 64
+    cropped = [1 - 64 * 64 / (71 * 64), 0.0, 1 - 48 * 64 / (48 * 72), 1 - 96 * 64 / (96 * 64)]
+    metrics = read_json("data/encode_images_metrics.json")
+    assert metrics["cropped_fraction"] == pytest.approx(np.mean(cropped), abs=1e-9)
 
 
 def test_a_run_trains_and_evaluates_on_buckets(shapes):

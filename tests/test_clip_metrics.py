@@ -22,7 +22,7 @@ from stages.lib.clip_metrics import (
 )
 from stages.lib.errors import StageError
 from stages.lib.intervals import bootstrap_interval, difference, mean_of, resample_weights
-from tests.clips import bundled_clip, emoji_features
+from tests.clips import bundled_clip, emoji_features, value_of
 
 
 def randn(*shape: int, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
@@ -56,18 +56,18 @@ def squared_mmd(kernel, generated, reference, generated_rows=None, reference_row
 def test_kid_equals_torchmetrics(num_pictures):
     generated, reference = randn(num_pictures, 48), randn(num_pictures, 48, seed=1, shift=0.4)
     expected = poly_mmd(reference.double(), generated.double())
-    assert kid(generated, reference).value == pytest.approx(float(expected), rel=1e-9)
+    assert value_of(kid, generated, reference) == pytest.approx(float(expected), rel=1e-9)
     metric = KernelInceptionDistance(feature=torch.nn.Identity(), subsets=1, subset_size=num_pictures)
     metric.update(reference.double(), real=True)
     metric.update(generated.double(), real=False)
-    assert kid(generated, reference).value == pytest.approx(float(metric.compute()[0]), rel=1e-9)
+    assert value_of(kid, generated, reference) == pytest.approx(float(metric.compute()[0]), rel=1e-9)
 
 
 @pytest.mark.parametrize(("metric", "kernel"), [(kid, polynomial), (cmmd, gaussian)])
 def test_squared_mmd_equals_a_double_loop(metric, kernel):
     generated, reference = randn(7, 12), randn(11, 12, seed=1, shift=0.5)
     expected = squared_mmd(kernel, generated, reference)
-    assert metric(generated, reference).value == pytest.approx(expected, rel=1e-8)
+    assert value_of(metric, generated, reference) == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.parametrize(("metric", "kernel"), [(kid, polynomial), (cmmd, gaussian)])
@@ -95,7 +95,7 @@ def test_cmmd_is_the_authors_without_the_pairs_of_a_picture_with_itself():
     authors = 1000 * (sum(within) - 2 * mean_kernel(generated, reference))
     itself = 1000 * sum((1 - mean) / 49 for mean in within)
     assert float(itself) == pytest.approx(20 / 50, rel=0.05)
-    assert cmmd(generated, reference).value == pytest.approx(float(authors - itself), rel=1e-7)
+    assert value_of(cmmd, generated, reference) == pytest.approx(float(authors - itself), rel=1e-7)
 
 
 @pytest.mark.parametrize("metric", [kid, cmmd])
@@ -103,7 +103,7 @@ def test_cmmd_is_the_authors_without_the_pairs_of_a_picture_with_itself():
 def test_equal_distributions_are_zero_on_average_and_often_negative(metric, num_pictures):
     values = torch.tensor(
         [
-            metric(randn(num_pictures, 16, seed=2 * trial), randn(num_pictures, 16, seed=2 * trial + 1)).value
+            value_of(metric, *(randn(num_pictures, 16, seed=2 * trial + side) for side in (0, 1)))
             for trial in range(300)
         ]
     )
@@ -113,7 +113,7 @@ def test_equal_distributions_are_zero_on_average_and_often_negative(metric, num_
 
 def test_the_interval_of_a_squared_mmd_covers_its_true_value():
     population = randn(600, 16), randn(600, 16, seed=1, shift=1.0)
-    truth = cmmd(*population).value
+    truth = value_of(cmmd, *population)
     covered = []
     for trial in range(200):
         chosen = torch.Generator().manual_seed(trial)
@@ -124,18 +124,41 @@ def test_the_interval_of_a_squared_mmd_covers_its_true_value():
     assert 0.9 <= np.mean(covered) <= 0.99
 
 
+def moments_of(*samples: torch.Tensor) -> list[torch.Tensor]:
+    """Mean and covariance of each, in float64."""
+    return [moment for rows in samples for moment in (rows.double().mean(0), torch.cov(rows.double().T))]
+
+
 def test_frechet_distance_equals_scipy_and_torchmetrics():
     mixing = randn(16, 16, seed=2)
     generated, reference = randn(200, 16) @ mixing, randn(150, 16, seed=1, shift=0.3)
-    moments = [(rows.double().mean(0), torch.cov(rows.double().T)) for rows in (generated, reference)]
-    (mean, cov), (other_mean, other_cov) = moments
+    mean, cov, other_mean, other_cov = moments_of(generated, reference)
     root = scipy.linalg.sqrtm(cov.numpy() @ other_cov.numpy()).real
     expected = float((mean - other_mean).square().sum() + cov.trace() + other_cov.trace()) - 2 * root.trace()
-    assert frechet_distance(generated, reference) == pytest.approx(expected, rel=1e-7)
+    assert value_of(frechet_distance, generated, reference) == pytest.approx(expected, rel=1e-7)
     fid = _compute_fid(mean, cov, other_mean, other_cov)
-    assert frechet_distance(generated, reference) == pytest.approx(float(fid), rel=1e-7)
-    assert frechet_distance(reference, reference) == pytest.approx(0.0, abs=1e-4)
-    assert frechet_distance(randn(8, 16), randn(8, 16, seed=1)) > 0  # covariances of less than full rank
+    assert value_of(frechet_distance, generated, reference) == pytest.approx(float(fid), rel=1e-7)
+    assert value_of(frechet_distance, reference, reference) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_frechet_distance_of_fewer_pictures_than_features_equals_torchmetrics():
+    generated, reference = randn(9, 24), randn(13, 24, seed=1, shift=0.3)
+    fid = float(_compute_fid(*moments_of(generated, reference)))
+    assert value_of(frechet_distance, generated, reference) == pytest.approx(fid, rel=1e-5)
+
+
+def test_weights_of_a_frechet_distance_are_how_often_a_picture_is_there():
+    generated, reference = randn(9, 6), randn(12, 6, seed=1, shift=0.3)
+    weights = [resample_weights(range(len(rows)), 4, i, 3) for i, rows in enumerate((generated, reference))]
+    weights[0][2] = torch.tensor([0.0, 0.0, 1, 1, 1, 1, 1, 1, 1])
+    found = frechet_distance(generated, reference)(*weights)
+    for number in range(3):
+        repeated = [
+            rows.repeat_interleave(drawn[number].long(), dim=0)
+            for rows, drawn in zip((generated, reference), weights, strict=True)
+        ]
+        assert float(found[number]) == pytest.approx(value_of(frechet_distance, *repeated), rel=1e-9)
+    assert len(set(found.tolist())) == 3
 
 
 @pytest.mark.parametrize("metric", [kid, cmmd, frechet_distance])
@@ -192,8 +215,7 @@ def emoji(clip_directory):
 @pytest.mark.parametrize("metric", [kid, cmmd, frechet_distance])
 def test_distances_order_copies_unseen_recoloured_and_noise(emoji, metric):
     groups = (emoji.second, emoji.first, emoji.recoloured, emoji.noise)
-    distances = [metric(group, emoji.second) for group in groups]
-    copies, unseen, recoloured, noise = (getattr(found, "value", found) for found in distances)
+    copies, unseen, recoloured, noise = (value_of(metric, group, emoji.second) for group in groups)
     assert copies < unseen < recoloured < noise
     assert abs(copies) < 0.1 * recoloured
     assert recoloured > 2 * unseen

@@ -225,5 +225,10 @@ def test_any_two_runs_can_be_laid_over_each_other(inside):
                                 f"{json.dumps(sources[label]['cells']['0/0/0'])}].uri")  # fmt: skip
             assert shown, label
         assert browser.run("document.querySelectorAll('#strip button').length") == 3
+        for number, label in enumerate(("base", "first", "low-lr")):
+            browser.run(f"document.querySelectorAll('#strip button')[{number}].click()")
+            for side, expected in (("left", "low-lr"), ("right", label)):
+                uri = f"page.pictures[{json.dumps(sources[expected]['cells']['0/0/0'])}].uri"
+                assert browser.run(f"document.getElementById('{side}').src === {uri}"), (side, label)
         assert browser.complaints() == []
         assert [address for address in browser.requests() if not address.startswith("file:")] == []

@@ -92,8 +92,15 @@ def make_repository(root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory):
-    return make_repository(tmp_path_factory.mktemp("repository"))
+def made_repository(tmp_path_factory):
+    """A repository that tests change, and its dvc.lock before they do."""
+    root = make_repository(tmp_path_factory.mktemp("repository"))
+    return root, (root / "dvc.lock").read_text()
+
+
+@pytest.fixture
+def repository(made_repository):
+    return made_repository[0]
 
 
 def write(root: Path, params: dict) -> None:
@@ -111,8 +118,8 @@ def repro(root: Path) -> set[str]:
     return set(re.findall(r"Running stage '(\w+)'", done.stdout))
 
 
-def test_two_fresh_clones_give_identical_outputs(repository, tmp_path):
-    locked = (repository / "dvc.lock").read_text()
+def test_two_fresh_clones_give_identical_outputs(made_repository, tmp_path):
+    _, locked = made_repository
     assert (make_repository(tmp_path) / "dvc.lock").read_text() == locked
 
 

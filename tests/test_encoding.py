@@ -2,26 +2,39 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from stages.lib import encoding
-from stages.lib.encoding import Encoder, Item, encode_missing
+from stages.lib import encoding, progress
+from stages.lib.encoding import Encoder, Item, count_workers, encode_missing
 from stages.lib.errors import StageError
 from stages.lib.work import Row, WorkStore
 
 REPOSITORY = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch):
+    """Here and in what is started: an encoder's one thread must be set."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 def load(value: float) -> np.ndarray:
-    return np.full(4, value, np.float32)
+    return np.array([value, 1, 1, 1], np.float32)
 
 
 def build(device: str, dtype: str):
@@ -111,11 +124,47 @@ def test_a_row_that_stays_non_finite_names_its_sample(tmp_path, dtype):
         run(tmp_path, ["1", "2", "3"], dataclasses.replace(ENCODER, dtype=dtype), broken)
 
 
-def test_on_a_gpu_workers_load_and_this_process_encodes(tmp_path, monkeypatch):
-    """The same rows by the way that a GPU takes, with the encoder on the CPU."""
-    monkeypatch.setenv("SD_WORKERS", "2")
-    keys = [str(number) for number in range(30)]
-    store = WorkStore(tmp_path, "encode", {})
+@pytest.mark.parametrize(
+    ("device", "local_processes", "expected"),
+    [("cpu", "1", 40), ("cpu", "8", 5), ("cpu", "64", 1), ("cuda", "1", 16), ("cuda", "8", 5)],
+)
+def test_processes_of_this_machine_share_the_cores_that_they_may_use(
+    monkeypatch, device, local_processes, expected
+):
+    monkeypatch.delenv("SD_WORKERS", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local_processes)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(40)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    assert count_workers(device) == expected
+    monkeypatch.setenv("SD_WORKERS", "24")
+    assert count_workers(device) == 24
+
+
+@pytest.mark.parametrize("configured", ["two", "0", "-1", "1.5"])
+def test_a_bad_number_of_workers_is_one_clear_error(tmp_path, monkeypatch, configured):
+    monkeypatch.setenv("SD_WORKERS", configured)
+    message = f"SD_WORKERS: expected the number of encoder processes, 1 or more, got '{configured}'; unset it"
+    with pytest.raises(StageError, match=re.escape(message)):
+        run(tmp_path, ["1"])
+
+
+def test_progress_and_log_say_what_is_encoded_and_reused(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    run(tmp_path, ["1", "2"])
+    capsys.readouterr()
+    with caplog.at_level("INFO"):
+        run(tmp_path, ["0", "1", "2", "3", "4", "5"])
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("test: 2 of 6 rows, ")
+    assert re.fullmatch(r"test: 6 of 6 rows, .* left, encoded=4, reused=2", last)
+    assert "test: 4 rows encoded, 2 reused" in caplog.text
+    run(tmp_path, ["0", "1"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """An encoder for a GPU computes on the CPU."""
 
     def build_here(device: str, dtype: str):
         assert device == "cuda"
@@ -133,15 +182,31 @@ def test_on_a_gpu_workers_load_and_this_process_encodes(tmp_path, monkeypatch):
 
     built = encoding.InProcess(dataclasses.replace(ENCODER, build=build_here), "cuda")
     monkeypatch.setattr(encoding, "InProcess", lambda encoder, device: built)
+
+
+def test_on_a_gpu_workers_load_and_this_process_encodes(tmp_path, monkeypatch, gpu):
+    monkeypatch.setenv("SD_WORKERS", "2")
+    keys = [str(number) for number in range(30)]
+    store = WorkStore(tmp_path, "encode", {})
     encoding._encode(store, items(set(keys)), ENCODER, "cuda", lambda count: None)
     assert first_values(store, keys) == [2.0 * number for number in range(30)]
 
 
-def test_a_kill_loses_less_than_a_block(tmp_path, monkeypatch):
-    """Rows in work and rows not yet written, at any moment, are at most 64."""
-    monkeypatch.setenv("SD_WORKERS", "2")
-    monkeypatch.setattr(encoding, "_is_finite", lambda row: True)
-    asked = 0
+class Threads(ThreadPoolExecutor):
+    """Worker processes that start at once."""
+
+    def __init__(self, num_workers, context, initializer, initargs):
+        super().__init__(num_workers, initializer=initializer, initargs=initargs)
+
+
+@pytest.mark.parametrize(("num_workers", "bound", "block"), [(2, 64, 48), (16, 160, 32)])
+def test_a_kill_loses_less_than_a_block(tmp_path, monkeypatch, num_workers, bound, block):
+    """Rows in flight and rows not yet written, at any moment; with many workers 5/4 of those in flight."""
+    monkeypatch.setenv("SD_WORKERS", str(num_workers))
+    monkeypatch.setattr(encoding, "ProcessPoolExecutor", Threads)
+    asked = most = 0
+    sizes: list[int] = []
+    put = WorkStore.put
 
     def counted(missing: set[str]) -> Iterator[Item]:
         nonlocal asked
@@ -149,21 +214,57 @@ def test_a_kill_loses_less_than_a_block(tmp_path, monkeypatch):
             asked += 1
             yield item
 
-    written = 0
-    most = 0
-    put = WorkStore.put
-
     def recorded(self, keys, rows):
-        nonlocal written, most
-        most = max(most, asked - written)
+        nonlocal most
+        most = max(most, asked - sum(sizes))
         put(self, keys, rows)
-        written += len(keys)
+        sizes.append(len(keys))
 
     monkeypatch.setattr(WorkStore, "put", recorded)
-    keys = [str(number) for number in range(400)]
-    run(tmp_path, keys, dataclasses.replace(ENCODER), counted)
-    assert written == 400
-    assert most <= encoding.BLOCK_ROWS + 4 * (4 + 1)  # and what is read ahead
+    run(tmp_path, [str(number) for number in range(500)], ENCODER, counted)
+    assert sum(sizes) == 500
+    assert most < bound
+    assert set(sizes[:-1]) == {block}
+
+
+def test_a_killed_worker_is_one_clear_error(tmp_path, monkeypatch):
+    class Killed(Threads):
+        def submit(self, *_):
+            future: Future = Future()
+            future.set_exception(BrokenProcessPool())
+            return future
+
+    monkeypatch.setenv("SD_WORKERS", "2")
+    monkeypatch.setattr(encoding, "ProcessPoolExecutor", Killed)
+    with pytest.raises(
+        StageError, match=r"an encoder process was killed, .*; 2 ran at once: lower SD_WORKERS"
+    ):
+        run(tmp_path, [str(number) for number in range(45)])
+
+
+def test_on_a_gpu_a_kill_loses_less_than_two_blocks_and_two_batches(tmp_path, monkeypatch, gpu):
+    """Rows encoded and not yet written, where writing is slower than encoding."""
+    monkeypatch.setenv("SD_WORKERS", "2")
+    monkeypatch.setattr(encoding, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(encoding, "GPU_BLOCK_ROWS", 16)
+    encoded = most = 0
+    sizes: list[int] = []
+
+    def recorded(self, keys, rows):
+        time.sleep(0.05)
+        sizes.append(len(keys))
+
+    def done(count: int) -> None:
+        nonlocal encoded, most
+        encoded += count
+        most = max(most, encoded - sum(sizes))
+
+    monkeypatch.setattr(WorkStore, "put", recorded)
+    store = WorkStore(tmp_path, "encode", {})
+    encoding._encode(store, items({str(number) for number in range(200)}), ENCODER, "cuda", done)
+    assert sum(sizes) == 200
+    assert set(sizes[:-1]) == {16}
+    assert most < 2 * (16 + 4)
 
 
 def test_two_processes_share_the_rows_and_both_see_all(tmp_path):

@@ -1,6 +1,8 @@
 """Pictures equal a stock pipeline's, numbers equal a hand computation, and both formats run through."""
 
 import csv
+import dataclasses
+import itertools
 import json
 import shutil
 import tarfile
@@ -12,20 +14,32 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stages import evaluate, fetch_base
+from stages.lib import evaluation_pictures
 from stages.lib.clip_features import image_features, load_clip, text_features
 from stages.lib.conditioning import read_conditioning
 from stages.lib.draws import generator
+from stages.lib.evaluation_pictures import (
+    learning,
+    sample_path,
+    save_metric_pictures,
+    save_samples,
+    side_by_side,
+    sweep,
+)
 from stages.lib.export import read_lineage
 from stages.lib.grids import Row, draw_grid
 from stages.lib.latents import read_latents
-from stages.lib.pairs import read_captions
+from stages.lib.measurements import square
+from stages.lib.pairs import SampleCaptions, read_captions
 from stages.lib.params import read_params
+from stages.lib.rendering import Rendered, load_renderer, settings
 from tests.checkpoints import edit_json, sd15_like, sd21_like
 from tests.clips import bundled_clip
 from tests.conftest import (
+    REPOSITORY,
     content_fingerprint,
     draw_image,
     make_project,
@@ -93,8 +107,9 @@ def test_base_and_tuned_differ_and_a_second_run_is_identical(evaluated):
     assert (content_fingerprint(Path("data/evaluation")), content_fingerprint(Path("data/baseline"))) == first
 
 
-def test_validation_loss_equals_a_hand_computation(evaluated):
-    unet = UNet2DConditionModel.from_pretrained("data/unet").eval()
+def held_out_loss(unet_directory: str, shift_factor: float = 0.0) -> float:
+    """Mean over the held-out samples at two timesteps, sample by sample."""
+    unet = UNet2DConditionModel.from_pretrained(unet_directory).eval()
     scheduler = DDPMScheduler.from_pretrained("data/base/scheduler")
     latents, conditioning = read_latents(), read_conditioning()
     losses = []
@@ -102,7 +117,7 @@ def test_validation_loss_equals_a_hand_computation(evaluated):
         if sample.split != "validation":
             continue
         row = latents.buckets[0].sample_ids.index(sample.sample_id)
-        scaled = latents.buckets[0].mean[row, 0].float()[None] * 0.5
+        scaled = (latents.buckets[0].mean[row, 0].float()[None] - shift_factor) * 0.5
         hidden = conditioning.encoder_hidden_states[conditioning.row_of[sample.captions[0]]].float()[None]
         for timestep in (250, 750):
             noise = torch.randn(
@@ -112,9 +127,12 @@ def test_validation_loss_equals_a_hand_computation(evaluated):
             with torch.no_grad():
                 prediction = unet(noisy, timestep, hidden).sample
             losses.append(float(F.mse_loss(prediction.double(), noise.double())))
+    return float(np.mean(losses))
+
+
+def test_validation_loss_equals_a_hand_computation(evaluated):
     metrics = read_json("data/evaluation/metrics.json")
-    assert losses
-    assert metrics["tuned_validation_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert metrics["tuned_validation_loss"] == pytest.approx(held_out_loss("data/unet"), rel=1e-5)
     assert metrics["base_validation_loss"] == read_json("data/baseline/metrics.json")["base_validation_loss"]
     change = metrics["tuned_validation_loss"] / metrics["base_validation_loss"] - 1
     assert metrics["validation_loss_change"] == pytest.approx(change)
@@ -143,9 +161,12 @@ def test_the_grid_places_example_base_and_tuned_side_by_side(evaluated):
     assert (grid[:, :150] < 128).any()  # labels are drawn
 
 
-def cells_of(path: str, num_rows: int, num_columns: int) -> np.ndarray:
-    """The pictures of a drawn table, (rows, columns, 128, 128, 3)."""
+def cells_of(path: str, num_rows: int, num_columns: int, half: int | None = None) -> np.ndarray:
+    """The pictures of a drawn table, or of one of two beside each other, (rows, columns, 128, 128, 3)."""
     grid, pitch = np.asarray(Image.open(path)), 134
+    if half is not None:
+        width = grid.shape[1] // 2
+        grid = grid[:, half * width : (half + 1) * width]
     assert grid.shape[1] == 150 + num_columns * pitch + 6
     top = grid.shape[0] - num_rows * pitch
     assert 20 < top < 100
@@ -159,6 +180,74 @@ def cells_of(path: str, num_rows: int, num_columns: int) -> np.ndarray:
 def enlarged(picture: str | Path | Image.Image) -> np.ndarray:
     opened = picture if isinstance(picture, Image.Image) else Image.open(picture)
     return np.asarray(opened).repeat(2, axis=0).repeat(2, axis=1)
+
+
+@pytest.fixture
+def tables(monkeypatch) -> list[tuple[str, list[str], list[Row]]]:
+    """Title, headings and rows of what is drawn."""
+    drawn = []
+
+    def record(title, columns, rows):
+        drawn.append((title, list(columns), list(rows)))
+        return draw_grid(title, columns, [Row(row.label, [None]) for row in rows])
+
+    monkeypatch.setattr(evaluation_pictures, "draw_grid", record)
+    return drawn
+
+
+def test_each_picture_of_grid_and_sweep_is_what_its_labels_say(tmp_path, tables):
+    options = dataclasses.replace(
+        read_params(REPOSITORY / "params.yaml").evaluate,
+        prompts=("cat", "dog"),
+        seeds=(3, 5),
+        scheduler=("base", "euler"),
+        guidance_scale=(1.0, 7.5),
+        num_inference_steps=(5, 25),
+    )
+    folders = {"base": tmp_path / "baseline", "fine-tuned": tmp_path / "evaluation"}
+    cells = itertools.product(folders, settings(options), options.prompts, options.seeds)
+    colour_of = {cell: (40 + number, 0, 0) for number, cell in enumerate(cells)}
+    for (unet, setting, prompt, seed), colour in colour_of.items():
+        path = sample_path(folders[unet], setting, options.prompts.index(prompt), seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), colour).save(path)
+    example = Image.new("RGB", (8, 8), "white")
+
+    for setting in settings(options):
+        side_by_side(options, setting, *folders.values(), {"dog": example})
+        title, columns, rows = tables.pop()
+        assert setting.description in title and columns[0] == "training example"
+        assert [row.label for row in rows] == ["cat", "dog"]
+        assert [row.pictures[0] for row in rows] == [None, example]
+        for row in rows:
+            found = {
+                heading: picture.getpixel((0, 0))
+                for heading, picture in zip(columns[1:], row.pictures[1:], strict=True)
+            }
+            assert found == {
+                f"{unet}, seed {seed}": colour_of[unet, setting, row.label, seed]
+                for unet in folders
+                for seed in options.seeds
+            }
+
+    sweep(options, *folders.values())
+    title, columns, rows = tables.pop()
+    assert title == "cat, seed 3"
+    shown = {
+        (row.label, heading): picture.getpixel((0, 0))
+        for row in rows
+        for heading, picture in zip(columns, row.pictures, strict=True)
+    }
+    sampler_of = {"base": "base's sampler", "euler": "euler"}
+    assert shown == {
+        (
+            f"{unet}, {sampler_of[setting.scheduler]}, {setting.num_inference_steps} steps",
+            f"guidance {setting.guidance_scale:g}",
+        ): colour_of[unet, setting, "cat", 3]
+        for unet in folders
+        for setting in settings(options)
+    }
+    assert len(shown) == 16 and len(rows) == 8
 
 
 def test_the_sweep_has_a_column_for_each_guidance_tuned_above_base(evaluated):
@@ -189,6 +278,62 @@ def test_learning_shows_the_previews_of_training_decoded(evaluated):
                 decoded = vae.decode(latents[None] / vae.config.scaling_factor).sample[0]
             pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
             assert np.abs(cells[row, column] - pixels.repeat(2, 0).repeat(2, 1)).max() <= 1
+
+
+def test_learning_is_labelled_with_steps_and_captions(tmp_path, monkeypatch, tables):
+    monkeypatch.setattr(evaluation_pictures, "decode", lambda renderer, latents: latents)
+    steps, captions = (0, 500, 10_000), ["cat", "a dog"]
+    for step in steps:
+        latents = torch.tensor([[step, 1.0], [step, 2.0]])
+        metadata = {"captions": json.dumps(captions), "global_step": str(step)}
+        save_file({"latents": latents}, tmp_path / f"step-{step:08d}.safetensors", metadata)
+    learning(None, tmp_path)
+    ((title, columns, rows),) = tables
+    assert title == "Learning over time" and columns == [f"step {step}" for step in steps]
+    assert [row.label for row in rows] == captions
+    for number, row in enumerate(rows):
+        assert [cell.tolist() for cell in row.pictures] == [[step, number + 1] for step in steps]
+
+
+def test_a_strip_of_a_sampler_with_a_step_more_ends_in_the_picture(project, tables):
+    edit_json(
+        Path("data/base/scheduler/scheduler_config.json"), _class_name="PNDMScheduler", skip_prk_steps=True
+    )
+    options = dataclasses.replace(
+        read_params().evaluate, num_inference_steps=(4,), denoising_every_steps=2, seeds=(7, 1)
+    )
+    base = Path("data/base")
+    renderer = load_renderer(base, base / "unet", options, options.prompts, 64, None, 1)
+    save_samples(renderer, options, Path("drawn"))
+    assert type(renderer.pipeline.scheduler).__name__ == "PNDMScheduler"
+    assert renderer.pipeline.num_timesteps == 5
+    ((_, columns, rows),) = tables
+    assert columns == ["step 2", "step 4", "picture"]
+    assert [row.label for row in rows] == list(options.prompts)
+    for index, row in enumerate(rows):
+        picture = Image.open(sample_path(Path("drawn"), settings(options)[0], index, 7))
+        found = [np.array_equal(np.asarray(each), np.asarray(picture)) for each in row.pictures]
+        assert found == [False, False, True]
+
+
+def test_each_metric_picture_starts_from_noise_of_its_own(tmp_path, monkeypatch):
+    """Also where captions are equal, and whatever else is measured."""
+    requests = []
+
+    def render(renderer, setting, asked, description):
+        requests.append(asked)
+        return [Rendered(Image.new("RGB", (8, 8)), []) for _ in asked]
+
+    monkeypatch.setattr(evaluation_pictures, "render", render)
+    options = read_params(REPOSITORY / "params.yaml").evaluate
+    samples = [SampleCaptions(f"{number}.png", ("cat",), "validation") for number in range(5)]
+    other_seed = dataclasses.replace(options, seeds=(8,))
+    for some, how in ((samples, options), (samples[3:], options), (samples, other_seed)):
+        save_metric_pictures(None, how, some, tmp_path / "pictures")
+    all_of_them, few, reseeded = requests
+    assert len({request.seed for request in all_of_them}) == 5
+    assert few == all_of_them[3:]
+    assert not {request.seed for request in reseeded} & {request.seed for request in all_of_them}
 
 
 def test_what_is_switched_off_says_so_in_its_place(evaluated):
@@ -256,13 +401,20 @@ def test_nearest_shows_each_picture_beside_the_training_image_it_resembles(evalu
     assert len(pairs) == 8 and {split_of[pair["sample_id"]] for pair in pairs} == {"train"}
     similarity = [pair["similarity"] for pair in pairs]
     assert similarity == sorted(similarity, reverse=True)
-    drawing = np.asarray(Image.open("data/evaluation/nearest.png"))
-    half = drawing.shape[1] // 2
-    Image.fromarray(drawing[:, :half]).save("left.png")
-    cells = cells_of("left.png", 4, 2)
-    for row, pair in enumerate(pairs[:4]):
-        assert np.array_equal(cells[row, 0], enlarged(pair["picture"]))
-        assert (cells[row, 1] != cells[row, 0]).any()
+    training = [name for name, split in split_of.items() if split == "train"]
+    clip = load_clip(Path("data/base/clip"))
+    squares = [square(Path("images", name).read_bytes(), 64) for name in training]
+    features = image_features(clip, (Image.open(pair["picture"]) for pair in pairs))
+    cosines = F.normalize(features) @ F.normalize(image_features(clip, squares)).T
+    for row, pair in enumerate(pairs):
+        named = float(cosines[row, training.index(pair["sample_id"])])
+        assert named == pytest.approx(pair["similarity"], abs=2e-6)
+        assert named == pytest.approx(float(cosines[row].max()), abs=2e-6)
+    cells = [cells_of("data/evaluation/nearest.png", 4, 2, half)[row] for half in (0, 1) for row in range(4)]
+    for (generated, trained), pair in zip(cells, pairs, strict=True):
+        assert np.array_equal(generated, enlarged(pair["picture"]))
+        resized = Image.open(Path("images", pair["sample_id"])).resize((128, 115), Image.Resampling.LANCZOS)
+        assert np.array_equal(trained[6:121], np.asarray(resized))
 
 
 def test_another_batch_size_gives_the_same_numbers(evaluated):
@@ -282,9 +434,36 @@ def test_another_prediction_is_sampled_with_its_scheduler_and_not_compared(evalu
 
 
 def test_contact_sheet_shows_images_and_reconstructions(evaluated):
-    sheet = Image.open("data/baseline/contact_sheet.png")
-    assert sheet.width == 2 * (150 + 2 * 134 + 6)
-    assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 100
+    check_contact_sheet()
+
+
+def check_contact_sheet() -> None:
+    """Four evenly spaced training images, each beside what the VAE itself makes of its latents' mean."""
+    samples = read_captions(Path("data/pairs/captions.parquet"))
+    training = [sample.sample_id for sample in samples if sample.split == "train"]
+    chosen = training[:: len(training) // 4][:4]
+    vae, bucket = AutoencoderKL.from_pretrained("data/base/vae"), read_latents().buckets[0]
+    halves = [cells_of("data/baseline/contact_sheet.png", 2, 2, half) for half in (0, 1)]
+    for name, (image, reconstruction) in zip(chosen, np.concatenate(halves), strict=True):
+        resized = Image.open(Path("images", name)).resize((128, 115), Image.Resampling.LANCZOS)
+        assert np.array_equal(image[6:121], np.asarray(resized))
+        mean = bucket.mean[bucket.sample_ids.index(name), 0].float()
+        with torch.no_grad():
+            decoded = vae.decode(mean[None]).sample[0]
+        pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+        assert np.abs(reconstruction - pixels.repeat(2, 0).repeat(2, 1)).max() <= 1
+
+
+def test_a_vae_with_a_shift_is_measured_and_drawn_with_it(project):
+    edit_json(Path("data/tiny/vae/config.json"), shift_factor=0.25)
+    params = read_params()
+    fetch_base.main(params)
+    run_encoders(params)
+    evaluate.main(params, "baseline")
+    loss = read_json("data/baseline/metrics.json")["base_validation_loss"]
+    assert loss == pytest.approx(held_out_loss("data/base/unet", 0.25), rel=1e-5)
+    assert loss != pytest.approx(held_out_loss("data/base/unet"), rel=1e-4)
+    check_contact_sheet()
 
 
 def test_pictures_do_not_depend_on_the_other_prompts(evaluated):

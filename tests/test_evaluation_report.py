@@ -10,9 +10,10 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from stages.lib.clip_features import image_features, text_features
-from stages.lib.clip_metrics import cmmd, frechet_distance, kid
+from stages.lib.clip_metrics import FrechetDistance, cmmd, frechet_distance, kid
 from stages.lib.conditioning import read_conditioning
 from stages.lib.evaluation_report import base_numbers, compared_numbers, metrics_of, report_entries
+from stages.lib.intervals import bootstrap_interval, difference, jackknife_interval, mean_of
 from stages.lib.latents import read_latents, sample_latents
 from stages.lib.measurements import (
     Measurements,
@@ -26,7 +27,7 @@ from stages.lib.pairs import read_captions
 from stages.lib.params import read_params
 from stages.lib.rendering import sampling_config
 from stages.lib.validation import HeldOutLosses, validation_losses
-from tests.clips import bundled_clip, emoji_features
+from tests.clips import bundled_clip, emoji_features, value_of
 from tests.conftest import REPOSITORY, run_train
 
 OPTIONS = dataclasses.replace(read_params(REPOSITORY / "params.yaml").evaluate, bootstrap_resamples=300)
@@ -77,9 +78,21 @@ def case():
     return base, tuned, reference, texts
 
 
+@pytest.fixture(scope="module")
+def with_inception(case):
+    """The same with Inception's features of the 12 pictures and the held-out images."""
+    base, tuned, reference, texts = case
+    unets = [
+        dataclasses.replace(unet, inception_features=randn(12, 6, seed=seed) + shift)
+        for unet, seed, shift in ((base, 8, 1.0), (tuned, 9, 0.5))
+    ]
+    return *unets, dataclasses.replace(reference, held_out_inception=randn(40, 6, seed=10)), texts
+
+
 def test_every_number_equals_a_computation_by_hand(case):
     base, tuned, reference, _ = case
-    entries = report(*case)
+    threshold = 0.8
+    entries = report(*case, dataclasses.replace(OPTIONS, memorisation_threshold=threshold))
     assert set(entries) == NAMES
     for unet, measurements in (("base", base), ("tuned", tuned)):
         losses, pictures = measurements.losses.losses, measurements.picture_features
@@ -91,15 +104,17 @@ def test_every_number_equals_a_computation_by_hand(case):
             "validation_loss_t250_499": losses[:, 1].mean(),
             "clip_score": (100 * cosines.clamp(min=0)).mean(),
             "clip_image_similarity": (unit[:12] @ training.T).mean(),
-            "kid": kid(generated, reference.held_out).value,
-            "cmmd": cmmd(generated, reference.held_out).value,
-            "memorised_share": ((unit @ training.T).amax(dim=1) > 0.98).double().mean(),
+            "kid": value_of(kid, generated, reference.held_out),
+            "cmmd": value_of(cmmd, generated, reference.held_out),
         }
         for name, value in expected.items():
             assert entries[name][unet]["value"] == pytest.approx(float(value), rel=1e-5, abs=1e-7), (
                 name,
                 unet,
             )
+        is_near = ((unit @ training.T).amax(dim=1) > threshold).double()
+        assert entries["memorised_share"][unet]["value"] == pytest.approx(float(is_near[:12].mean()))
+        assert 0 < is_near[:12].mean() < 1 and is_near[:12].mean() != is_near.mean()
     for entry in entries.values():
         if entry["base"]["low"] is not None:
             change = entry["tuned"]["value"] - entry["base"]["value"]
@@ -125,19 +140,50 @@ def test_what_a_mean_is_of_is_kept_by_name(case):
     assert entries["validation_loss_t250_499"]["values"]["tuned"][7] == pytest.approx(row[1].item())
 
 
-def test_fid_is_there_where_inceptions_features_are(case):
-    base, tuned, reference, texts = case
-    with_features = [
-        dataclasses.replace(unet, inception_features=randn(12, 6, seed=seed) + shift)
-        for unet, seed, shift in ((base, 8, 1.0), (tuned, 9, 0.5))
-    ]
-    asked = dataclasses.replace(reference, held_out_inception=randn(40, 6, seed=10))
-    entry = report(*with_features, asked, texts)["fid"]
-    for name, unet in zip(("base", "tuned"), with_features, strict=True):
-        expected = frechet_distance(unet.inception_features, asked.held_out_inception)
-        assert entry[name] == {"value": pytest.approx(expected), "low": None, "high": None}
+def test_fid_is_there_where_inceptions_features_are(case, with_inception):
+    base, tuned, reference, texts = with_inception
+    entry = report(*with_inception)["fid"]
+    for name, unet in (("base", base), ("tuned", tuned)):
+        expected = value_of(frechet_distance, unet.inception_features, reference.held_out_inception)
+        assert entry[name]["value"] == pytest.approx(expected)
+        assert entry[name]["low"] < expected < entry[name]["high"]
+    change = entry["tuned"]["value"] - entry["base"]["value"]
+    assert entry["difference"]["value"] == pytest.approx(change)
+    assert entry["difference"]["low"] < change < entry["difference"]["high"]
     assert "fid" not in report(*case)
-    assert report(base, tuned, asked, texts)["fid"]["base"]["value"] is None  # base measured without
+    without = dataclasses.replace(base, inception_features=None)
+    assert report(without, tuned, reference, texts)["fid"]["base"]["value"] is None
+
+
+def test_a_frechet_distance_is_computed_once_for_each_group_of_each_unet(with_inception, monkeypatch):
+    calls, compute = [], FrechetDistance._of
+    monkeypatch.setattr(FrechetDistance, "_of", lambda *given: calls.append(1) or compute(*given))
+    report(*with_inception)
+    assert len(calls) == 2 * (1 + 10)
+
+
+def test_intervals_take_level_seed_and_number_of_resamples_from_the_options(with_inception):
+    base, tuned, reference, _ = with_inception
+    rows = [range(12), range(40)]
+    losses = mean_of(tuned.losses.losses.mean(dim=1))
+    fid = frechet_distance(base.inception_features, reference.held_out_inception)
+    fid_change = difference(frechet_distance(tuned.inception_features, reference.held_out_inception), fid)
+    seen = set()
+    for drawn, level in (((0, 300), 0.95), ((0, 300), 0.5), ((9, 300), 0.95), ((0, 50), 0.95)):
+        seed, num_resamples = drawn
+        options = dataclasses.replace(
+            OPTIONS, bootstrap_seed=seed, bootstrap_level=level, bootstrap_resamples=num_resamples
+        )
+        entries = report(*with_inception, options)
+        for entry, expected in (
+            (entries["validation_loss"]["tuned"], bootstrap_interval(losses, rows[1:], *drawn, level)),
+            (entries["fid"]["base"], jackknife_interval(fid, rows, seed, level)),
+            (entries["fid"]["difference"], jackknife_interval(fid_change, rows, seed, level)),
+        ):
+            found = [entry["value"], entry["low"], entry["high"]]
+            assert found == pytest.approx([expected.estimate, expected.low, expected.high], rel=1e-9)
+        seen.add(entries["validation_loss"]["tuned"]["low"])
+    assert len(seen) == 4
 
 
 def test_the_difference_is_on_the_same_resamples(case):
@@ -241,8 +287,9 @@ def test_the_frechet_distance_waits_for_enough_pictures(case):
         for index, unet in enumerate((base, tuned))
     ]
     entry = report(*many, reference, [str(index) for index in range(30)])["frechet_distance"]
-    expected = frechet_distance(many[1].picture_features, reference.held_out)
-    assert entry["tuned"] == {"value": pytest.approx(expected), "low": None, "high": None}
+    expected = value_of(frechet_distance, many[1].picture_features, reference.held_out)
+    assert entry["tuned"]["value"] == pytest.approx(expected)
+    assert entry["tuned"]["low"] < expected < entry["tuned"]["high"]
     assert entry["difference"]["value"] == pytest.approx(expected - entry["base"]["value"])
 
 
@@ -352,15 +399,21 @@ def test_the_held_out_loss_orders_base_fine_tuned_and_overfitted(encoded):
     noisy = scheduler.add_noise(image, noise, timesteps)
     states = conditioning.states(conditioning.rows([samples[0].captions[0]]), torch.device("cpu"))
     optimizer = torch.optim.Adam(overfitted.parameters(), lr=1e-2)
+
+    def loss_of_the_noisy_image(unet):
+        return (unet(noisy, timesteps, states).sample - noise).square().mean()
+
     for _ in range(60):
         optimizer.zero_grad()
-        (overfitted(noisy, timesteps, states).sample - noise).square().mean().backward()
+        loss_of_the_noisy_image(overfitted).backward()
         optimizer.step()
 
-    measurements = [
-        Measurements(losses(unet), "epsilon", scheduler.alphas_cumprod, None, None)
-        for unet in (load("data/base/unet"), load("data/unet"), overfitted.eval())
-    ]
-    base, tuned, over = measurements
+    unets = load("data/base/unet"), load("data/unet"), overfitted.eval()
+    with torch.no_grad():
+        _, *seen = (float(loss_of_the_noisy_image(unet)) for unet in unets)
+    assert seen[1] < 0.5 * seen[0]  # it does fit what it was trained on
+    base, tuned, over = (
+        Measurements(losses(unet), "epsilon", scheduler.alphas_cumprod, None, None) for unet in unets
+    )
     assert report(base, tuned, None, [])["validation_loss"]["difference"]["value"] < 0
     assert report(over, tuned, None, [])["validation_loss"]["difference"]["value"] < 0

@@ -1,16 +1,19 @@
 """The page is whole in itself, shows everything the run left, and its slider works in a browser."""
 
 import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import yaml
 from fsspec.implementations.dirfs import DirFileSystem
+from PIL import Image
 
 from stages import gallery
 from stages.lib.errors import StageError
@@ -32,7 +35,7 @@ from stages.lib.page_charts import (
 )
 from tests.browser import headless_browser
 from tests.conftest import REPOSITORY
-from tests.evaluations import PROMPTS, write_lock, write_run
+from tests.evaluations import PROMPTS, metric, write_lock, write_run
 
 PAGE = Path("data/evaluation/index.html")
 
@@ -183,6 +186,19 @@ def test_numbers_intervals_and_verdicts_are_shown(run):
         assert shown in metrics, name
     assert metrics.count("held-out images") == 1
     assert "how KID is measured" in metrics and "↑ higher is better" in metrics
+
+
+def test_more_of_what_is_better_the_higher_is_better(run):
+    report = json.loads(Path("data/evaluation/report.json").read_text())
+    report["metrics"] += [
+        metric(f"metric_{number}", f"Metric {number}", "higher", 0.5, tuned)
+        for number, tuned in enumerate((0.6, 0.4))
+    ]
+    Path("data/evaluation/report.json").write_text(json.dumps(report))
+    text = written().text
+    assert "Metric 0 ↑ higher is better" in text
+    assert "fine-tuned 0.6000 0.5900 to 0.6100 +0.1000 better 0.09000 to 0.1100" in text
+    assert "fine-tuned 0.4000 0.3900 to 0.4100 −0.1000 worse −0.1100 to −0.09000" in text
 
 
 def test_a_verdict_follows_the_interval_and_the_direction():
@@ -370,13 +386,41 @@ def test_the_page_opens_without_a_complaint_a_request_or_a_sideways_scroll(run, 
     assert browser.run("getComputedStyle(document.getElementById('left')).imageRendering") == "pixelated"
 
 
+def box_of(browser, element: str) -> list[float]:
+    """Left, top, width and height of ``element``, in pixels of the window."""
+    return browser.run(f"(({{x, y, width, height}}) => [x, y, width, height])"
+                       f"(document.querySelector('{element}').getBoundingClientRect())")  # fmt: skip
+
+
+def check_halves(browser, divider: float) -> None:
+    """The left picture is seen up to the divider, at a share of the width, and the right one from there."""
+    browser.screenshot(Path("window.png"))
+    window = np.asarray(Image.open("window.png").convert("RGB"), int)
+    left, top, width, height = box_of(browser, "#frame")
+    pictures = [
+        np.asarray(Image.open(io.BytesIO(decode(browser.run(f"document.getElementById('{side}').src")))), int)
+        for side in ("left", "right")
+    ]
+    difference = 0
+    for row, column in np.ndindex(6, 16):  # below lie the divider's knob and the labels
+        place = (column + 0.5) / 16
+        if abs(place - divider) < 0.02:
+            continue
+        seen = window[round(top + (row + 0.5) / 16 * height), round(left + place * width)]
+        shown, hidden = pictures if place < divider else pictures[::-1]
+        assert np.abs(seen - shown[row, column]).max() <= 2, (row, column)
+        difference = max(difference, np.abs(shown[row, column] - hidden[row, column]).max())
+    assert difference > 20
+    line, _, thickness, _ = box_of(browser, ".divider")
+    assert line + thickness / 2 == pytest.approx(left + divider * width, abs=1)
+
+
 def test_the_divider_follows_pointer_keys_and_touch(run, browser):
     gallery.main(None)
     browser.open(PAGE.absolute())
-    box = browser.run("(({x, y, width, height}) => [x, y, width, height])"
-                      "(document.getElementById('frame').getBoundingClientRect())")  # fmt: skip
-    left, top, width, height = box
+    left, top, width, height = box_of(browser, "#frame")
     assert shown_split(browser) == 50
+    check_halves(browser, 0.5)
 
     def mouse(kind: str, share: float) -> None:
         browser.call("Input.dispatchMouseEvent", type=kind, x=left + share * width, y=top + height / 2,
@@ -388,6 +432,7 @@ def test_the_divider_follows_pointer_keys_and_touch(run, browser):
     mouse("mouseReleased", 0.8)
     mouse("mouseMoved", 0.3)
     assert shown_split(browser) == 80
+    check_halves(browser, 0.8)
     browser.press("ArrowLeft")
     assert shown_split(browser) == 79
     browser.press("ArrowRight")
@@ -433,10 +478,7 @@ def test_a_curve_tells_its_value_under_the_pointer_and_by_key(run, browser):
     gallery.main(None)
     browser.open(PAGE.absolute())
     browser.run("document.querySelector('.chart').scrollIntoView({ block: 'center' })")
-    left, top, width, height = browser.run(
-        "(({x, y, width, height}) => [x, y, width, height])"
-        "(document.querySelector('.chart svg').getBoundingClientRect())"
-    )
+    left, top, width, height = box_of(browser, ".chart svg")
     browser.call(
         "Input.dispatchMouseEvent", type="mouseMoved", x=left + width * 200 / 360, y=top + height / 2
     )

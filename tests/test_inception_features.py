@@ -3,25 +3,29 @@
 import dataclasses
 import hashlib
 import io
+import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from stages import evaluate
 from stages.lib import inception_features as module
 from stages.lib.clip_features import load_clip
+from stages.lib.clip_metrics import frechet_distance
 from stages.lib.errors import StageError
 from stages.lib.inception_features import BATCH_SIZE, Inception, inception_features, load_inception
 from stages.lib.measurements import measure_data, measure_unet, read_measurements, write_measurements
 from stages.lib.objective import training_scheduler
 from stages.lib.pairs import read_captions
 from stages.lib.params import read_params
-from tests.clips import bundled_clip
-from tests.conftest import REPOSITORY, draw_image
+from tests.clips import bundled_clip, value_of
+from tests.conftest import REPOSITORY, content_fingerprint, draw_image, run_encoders, write_params
 from tests.test_evaluation_report import measured
 
 pytestmark = pytest.mark.skipif(
@@ -56,9 +60,8 @@ def test_features_are_the_networks_own_and_no_matter_of_neighbours(inception):
         pixels = torch.from_numpy(np.asarray(pictures[row].convert("RGB")).copy()).permute(2, 0, 1)[None]
         (expected,) = inception.model(pixels)
         torch.testing.assert_close(found[row], expected[0], rtol=1e-4, atol=1e-5)
-    again = inception_features(inception, pictures[-2:])
-    assert torch.equal(again, inception_features(inception, [pictures[-2], pictures[-1]]))
-    assert torch.equal(again, found[-2:])
+    for row in (5, BATCH_SIZE + 1):
+        assert torch.equal(inception_features(inception, [pictures[row]]), found[row : row + 1])
     assert not torch.allclose(found[0], found[1])
     assert inception_features(inception, []).shape == (0, 2048)
 
@@ -91,11 +94,47 @@ def test_fid_is_of_held_out_captions_pictures_by_one_network(encoded, inception,
     assert found.inception_fingerprint == hashlib.sha256(weights.read_bytes()).hexdigest()
     write_measurements(tmp_path / "base.safetensors", found, None)
     base, _ = read_measurements(tmp_path / "base.safetensors")
-    evaluate.check_same_inception(base, found)
+    evaluate.check_same_inception(base, inception)
     without = measure_unet(losses, scheduler, clip, None, pictures, ["red", "blue"])
-    for other in (without, dataclasses.replace(found, inception_fingerprint="0" * 64)):
+    evaluate.check_same_inception(without, None)
+    another = dataclasses.replace(inception, fingerprint="0" * 64)
+    for measurements, given in ((base, None), (base, another), (without, inception)):
         with pytest.raises(StageError, match=r"not the one that data/baseline was measured with"):
-            evaluate.check_same_inception(base, other)
+            evaluate.check_same_inception(measurements, given)
+
+
+def test_an_evaluation_has_fid_and_stops_at_other_weights_before_it_deletes(encoded, weights, monkeypatch):
+    given = shutil.copy(weights, encoded / "weights.pth")
+    params = write_params(
+        prepare={"validation_fraction": 0.5},
+        evaluate={"prompts": ["red cat"], "seeds": [0], "inception_weights": str(given)},
+    )
+    bundled_clip(encoded / "data/base/clip")
+    run_encoders(params)
+    unet = UNet2DConditionModel.from_pretrained("data/base/unet")
+    unet.conv_out.weight.data *= 1.5
+    unet.save_pretrained("data/unet")
+    evaluate.main(params, "baseline")
+    evaluate.main(params, "evaluate")
+    numbers = json.loads(Path("data/evaluation/metrics.json").read_text())
+    assert len(list(Path("data/evaluation/metric_samples").iterdir())) >= 5
+    features = {
+        folder: inception_features(load_inception(given), map(Image.open, sorted(Path(folder).iterdir())))
+        for folder in ("data/baseline/metric_samples", "data/evaluation/metric_samples")
+    }
+    _, reference = read_measurements(Path("data/baseline/measurements.safetensors"))
+    for unet_name, generated in zip(("base", "tuned"), features.values(), strict=True):
+        fid = value_of(frechet_distance, generated, reference.held_out_inception)
+        assert fid > 0 and numbers[f"{unet_name}_fid"] == pytest.approx(fid)
+        assert numbers[f"{unet_name}_fid_low"] < fid < numbers[f"{unet_name}_fid_high"]
+    assert numbers["base_fid"] != numbers["tuned_fid"]
+
+    before = content_fingerprint(Path("data"))
+    monkeypatch.setattr(evaluate, "load_renderer", lambda *arguments: pytest.fail("rendered"))
+    torch.save(torch.load(given), given, _use_new_zipfile_serialization=False)
+    with pytest.raises(StageError, match=r"not the one that data/baseline was measured with"):
+        evaluate.main(params, "evaluate")
+    assert content_fingerprint(Path("data")) == before
 
 
 def test_weights_are_loaded_only_where_fid_is_asked_for(weights):

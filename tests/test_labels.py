@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.lib import labels
+from stages.lib import grids, labels
 from stages.lib.grids import Row, draw_grid, draw_message, stack
 from stages.lib.labels import Label, draw_labels, text_width, wrap
 
@@ -106,6 +106,26 @@ def test_a_grid_draws_title_headings_and_rows():
     assert (bottom[:, 150:278] == (0x12, 0x34, 0x56)).all() and (bottom[:, 284:412] == 0xE6).all()
     for area in (grid[:22, :150], grid[22:-134, 150:278], grid[22:-134, 284:412], bottom[:, :150]):
         assert (area < 128).any()
+
+
+def test_a_label_that_does_not_fit_beside_its_row_ends_in_an_ellipsis(monkeypatch):
+    drawn = []
+
+    def record(grid, labels, colour):
+        drawn.extend(labels)
+        return draw_labels(grid, labels, colour)
+
+    monkeypatch.setattr(grids, "draw_labels", record)
+    for text in ("a word " * 40, "x" * 400):
+        drawn.clear()
+        draw_grid("", ["one"], [Row(text, [None])])
+        *lines, last = [label.text for label in drawn if label.text not in ("", "one")]
+        whole = wrap(text, 138, 13)
+        assert lines == whole[:6] and last.endswith("…") and whole[6].startswith(last[:-1])
+        assert len(last) > 5 and text_width(last, 13) <= 138
+    drawn.clear()
+    draw_grid("", ["one"], [Row("a word", [None])])
+    assert [label.text for label in drawn][-1] == "a word"
 
 
 def test_a_long_title_takes_more_lines():

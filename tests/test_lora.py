@@ -1,5 +1,6 @@
 """Adapters through peft, and the files of trained weights: what diffusers reads, merging, exact bytes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,6 +19,8 @@ from stages.lib.base_model import load_unet, write_pipeline_index
 from stages.lib.ema import MovingAverage
 from stages.lib.errors import StageError
 from stages.lib.lora import WEIGHTS, add_lora, merge_lora, save_lora
+from stages.lib.params import read_params
+from stages.lib.unet import build_unet, trained
 from tests.checkpoints import tiny_pipeline
 from tests.conftest import REPOSITORY
 
@@ -107,6 +110,23 @@ def test_adapters_are_a_function_of_the_seed_and_draw_as_peft_does(base):
     mine = torch.cat([first[name].flatten() for name in drawn])
     assert float(mine.std()) == pytest.approx(float(theirs.std()), rel=0.05)
     assert float(mine.abs().max()) == pytest.approx(float(theirs.abs().max()), rel=0.05)
+
+
+def test_a_run_trains_the_adapters_that_the_params_ask_for(base, unet):
+    options = dataclasses.replace(
+        read_params(REPOSITORY / "params.yaml").train,
+        lora_rank=3,
+        lora_alpha=7,
+        lora_target_modules=("to_q",),
+        seed=5,
+    )
+    built = build_unet(base, options)
+    config = built.peft_config["default"]
+    assert (config.r, config.lora_alpha, set(config.target_modules)) == (3, 7, {"to_q"})
+    add_lora(unet, 3, 7, ("to_q",), seed=5)
+    assert trainable(built).keys() == trainable(unet).keys()
+    assert all(torch.equal(weight, trainable(unet)[name]) for name, weight in trainable(built).items())
+    assert list(map(id, trained(built))) == list(map(id, trainable(built).values()))
 
 
 @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING])

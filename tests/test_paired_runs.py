@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from fsspec.implementations.dirfs import DirFileSystem
 
 from stages.lib.gallery_run import Estimate, Run, read_run
+from stages.lib.intervals import bootstrap_interval, mean_of
 from stages.lib.paired_runs import changes_from_first
 from tests.evaluations import write_run
 
@@ -46,6 +48,21 @@ def test_the_change_is_of_each_sample_and_its_interval_scipys(runs):
     assert change.high == pytest.approx(expected.high, abs=0.08 * width)
     assert change.high < 0  # settled, while the samples themselves vary ten times as much as the change
     assert np.std(first.tuned) > 5 * abs(change.value)
+
+
+def test_the_first_run_says_how_intervals_are_drawn(runs):
+    def drawing(run: Run, seed: int, num_resamples: int, level: float) -> Run:
+        options = {"bootstrap_seed": seed, "bootstrap_resamples": num_resamples, "bootstrap_level": level}
+        return dataclasses.replace(run, params=run.params | {"evaluate": options})
+
+    values = runs[1].metrics[0].values
+    noisy = tuple(value + 0.004 * np.sin(7 * index) for index, value in enumerate(values.tuned))
+    second = drawing(with_loss(runs[1], values=values._replace(tuned=noisy)), 0, 500, 0.95)
+    differences = torch.from_numpy(np.array(noisy) - np.array(runs[0].metrics[0].values.tuned))
+    for drawn in ((3, 70, 0.95), (3, 70, 0.5), (4, 70, 0.95)):
+        change = changes_from_first([drawing(runs[0], *drawn), second])[LOSS]
+        expected = bootstrap_interval(mean_of(differences), [range(len(noisy))], *drawn)
+        assert [change.low, change.high] == pytest.approx([expected.low, expected.high], rel=1e-9)
 
 
 def test_equal_runs_differ_by_nothing(runs):

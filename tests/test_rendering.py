@@ -93,6 +93,18 @@ def test_neighbours_and_places_in_a_batch_do_not_matter(project):
     assert np.array_equal(pixels(render(renderer, setting, REQUESTS[4:5], "pictures")), expected[4:5])
 
 
+@pytest.mark.parametrize(("guidance_scale", "num_inputs"), [(3.0, 8), (1.0, 4)])
+def test_the_unet_and_the_vae_see_batches_of_one_shape(project, guidance_scale, num_inputs):
+    renderer = renderer_of(4)
+    seen = {}
+    for module in (renderer.pipeline.unet, renderer.pipeline.vae.decoder):
+        module.register_forward_pre_hook(
+            lambda module, given: seen.setdefault(type(module).__name__, []).append(len(given[0]))
+        )
+    list(render(renderer, Setting("base", guidance_scale, 2), REQUESTS, "pictures"))  # 4 and 2
+    assert seen == {"UNet2DConditionModel": [num_inputs] * 4, "Decoder": [4] * 2}
+
+
 def test_the_path_ends_in_the_picture(project):
     renderer, setting = renderer_of(4), Setting("base", 3.0, 5)
     rendered = list(render(renderer, setting, REQUESTS, "pictures", every_steps=2))
@@ -101,6 +113,9 @@ def test_the_path_ends_in_the_picture(project):
     assert [len(each.path) for each in rendered] == [3] * 6  # after 2, 4 and 5 steps
     last = decode(renderer, [each.path[-1] for each in rendered])
     assert np.array_equal(np.stack([np.asarray(picture, int) for picture in last]), pixels(plain))
+    (each_step,) = render(renderer, setting, REQUESTS[:1], "pictures", every_steps=1)
+    for kept, step in zip(rendered[0].path, (2, 4, 5), strict=True):
+        assert torch.equal(kept, each_step.path[step - 1])
 
 
 def test_a_vae_with_a_shift_is_given_unshifted_latents(project):

@@ -8,29 +8,33 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stages import train
 from stages.lib.batches import draw_batch, training_set
 from stages.lib.checkpoint import Checkpoints
-from stages.lib.conditioning import read_conditioning
+from stages.lib.conditioning import CAPTIONS, read_conditioning
 from stages.lib.draws import generator
 from stages.lib.errors import StageError
 from stages.lib.export import read_lineage
 from stages.lib.feed import NUM_AHEAD, Feed
 from stages.lib.history import History
-from stages.lib.latents import read_latents
+from stages.lib.latents import LATENTS, read_latents
 from stages.lib.lineage import lineage_of, run_fingerprint
 from stages.lib.memory_advice import memory_advice
 from stages.lib.pairs import read_captions
 from stages.lib.params import Params, read_params
+from stages.lib.stores import store_bytes
+from stages.lib.streaming import StoredRows
 from stages.lib.unet import build_unet
 from stages.lib.validation import HeldOutLosses
 from tests.conftest import REPOSITORY, content_fingerprint, run_encoders, run_train, write_params
@@ -66,11 +70,16 @@ def run_process(work: str, *arguments: str) -> str:
 # --- feeding
 
 
-def test_data_read_from_disk_gives_the_run_of_data_in_memory(encoded):
-    run_train()
+def test_data_read_from_disk_gives_the_run_of_data_in_memory(encoded, monkeypatch):
+    rows, row = [], StoredRows._row
+    monkeypatch.setattr(StoredRows, "_row", lambda self, number: (rows.append(number), row(self, number))[1])
+    needed = sum(store_bytes(path) for path in (LATENTS, CAPTIONS))
+    run_train(max_resident_bytes=needed)
+    assert not rows
     resident = weights()
     shutil.rmtree(".work/train")
-    run_train(max_resident_bytes=0)
+    run_train(max_resident_bytes=needed - 1)
+    assert rows
     assert all(torch.equal(value, resident[name]) for name, value in weights().items())
     assert curve("validation_loss")
 
@@ -99,6 +108,46 @@ def test_every_other_value_is_another_run(encoded):
             runs[field.name] = run(dataclasses.replace(params, **{section: values}))
     same = {name for name, found in runs.items() if found == run(params)}
     assert same == {"export", "max_resident_bytes"}
+
+
+def test_whatever_a_run_is_made_of_makes_another_run(encoded, monkeypatch):
+    params, accelerator = read_params(), Accelerator(cpu=True)
+    latents, conditioning = read_latents(), read_conditioning()
+    first, *rest = read_captions(Path("data/pairs/captions.parquet"))
+
+    def run(first=first, latents=latents, conditioning=conditioning, accelerator=accelerator) -> str:
+        made_of = Path("data/base"), "epsilon", [first, *rest], latents, conditioning
+        return run_fingerprint(lineage_of(params, *made_of), accelerator)
+
+    another = {"train": "validation", "validation": "train"}[first.split]
+    num_threads = torch.get_num_threads()
+    runs = [
+        run(),
+        run(first=dataclasses.replace(first, captions=("another caption",))),
+        run(first=dataclasses.replace(first, split=another)),
+        run(first=dataclasses.replace(first, sample_id="another.png")),
+        run(latents=dataclasses.replace(latents, fingerprint="another")),
+        run(conditioning=dataclasses.replace(conditioning, fingerprint="another")),
+        run(accelerator=SimpleNamespace(**process_facts(accelerator) | {"num_processes": 2})),
+        run(accelerator=SimpleNamespace(**process_facts(accelerator) | {"device": torch.device("cuda")})),
+    ]
+    assert runs[0] == run() == run(accelerator=SimpleNamespace(**process_facts(accelerator)))
+    torch.set_num_threads(num_threads + 1)
+    runs.append(run())
+    torch.set_num_threads(num_threads)
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.lib.lineage.code_fingerprint", lambda: "another")
+        runs.append(run())
+    path = Path("data/base/unet/diffusion_pytorch_model.safetensors")
+    changed = load_file(path)
+    changed["conv_out.bias"][0] += 1e-3
+    save_file(changed, path, {"format": "pt"})
+    runs.append(run())
+    assert len(set(runs)) == len(runs) == 11
+
+
+def process_facts(accelerator: Accelerator) -> dict[str, object]:
+    return {name: getattr(accelerator, name) for name in ("device", "num_processes", "distributed_type")}
 
 
 @pytest.mark.parametrize(("device", "num_ahead"), [("cpu", 0), ("cuda", NUM_AHEAD)])
@@ -149,17 +198,18 @@ def test_a_stopped_process_goes_on_to_the_same_bytes(encoded):
         assert outputs() == undisturbed
 
 
-def two_processes(work: str) -> str:
-    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+def several_processes(work: str, num_processes: int) -> str:
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)
     return run_process(work, *launcher)
 
 
-def test_two_processes_take_the_draws_of_one_and_agree_to_rounding(encoded):
-    write_params(train={"checkpoint_every_steps": 6, "use_ema": False})
-    run_process("one")
+@pytest.mark.parametrize("adapters", [{}, {"lora_rank": 2, "learning_rate": 1e-2}])
+def test_two_processes_take_the_draws_of_one_and_agree_to_rounding(encoded, adapters):
+    write_params(train={"checkpoint_every_steps": 6, "use_ema": False, **adapters})
+    run_train()
     alone, losses = weights(), curve("train_loss")
     validation = curve("validation_loss")
-    two_processes("two")
+    several_processes("two", 2)
     base = load_file("data/base/unet/diffusion_pytorch_model.safetensors")
     moved = max((alone[name] - base[name]).abs().max() for name in alone)
     apart = max((alone[name] - value).abs().max() for name, value in weights().items())
@@ -178,14 +228,23 @@ def test_two_processes_draw_disjoint_halves_of_the_batch_of_one(encoded):
         assert torch.equal(torch.cat([getattr(half, name) for half in halves]), whole), name
 
 
-def test_two_processes_resume_bit_for_bit(encoded):
-    write_params(train={"max_train_steps": 12, "checkpoint_every_steps": 4, "validation_every_steps": 6})
-    two_processes("undisturbed")
+def test_three_processes_resume_bit_for_bit(encoded):
+    """Of two, sums are the same in any order; of three, gradients have to be grouped as before."""
+    write_params(
+        train={
+            "train_batch_size": 6,
+            "max_train_steps": 12,
+            "checkpoint_every_steps": 4,
+            "validation_every_steps": 6,
+            "gradient_accumulation_steps": 2,
+            "gradient_checkpointing": True,
+        }
+    )
+    several_processes("run", 3)
     undisturbed = outputs()
-    two_processes("stopped")
-    (directory,) = Path("stopped/train").iterdir()
+    (directory,) = Path("run/train").iterdir()
     (directory / "step-00000012.pt").unlink()
-    assert "resuming at step 8" in two_processes("stopped")
+    assert "resuming at step 8" in several_processes("run", 3)
     assert outputs() == undisturbed
 
 
@@ -239,10 +298,12 @@ def scripted_losses(monkeypatch, *losses: float) -> None:
 
 def test_early_stopping_ends_the_run_and_stays_ended(encoded, monkeypatch):
     scripted_losses(monkeypatch, 3.0, 2.0, 2.5, 2.2)
-    run_train(max_train_steps=20, validation_every_steps=2, early_stopping_patience=2)
+    changes = {"max_train_steps": 20, "validation_every_steps": 2, "checkpoint_every_steps": 100}
+    run_train(**changes, early_stopping_patience=2)
     assert max(curve("train_loss")) == 8
+    assert [path.name for path in Path(".work/train").rglob("step-*.pt")] == ["step-00000008.pt"]
     stopped = outputs()
-    run_train(max_train_steps=20, validation_every_steps=2, early_stopping_patience=2)  # no loss is left
+    run_train(**changes, early_stopping_patience=2)  # no loss is left
     assert outputs() == stopped
 
 
@@ -287,26 +348,45 @@ def test_a_lost_best_is_an_error_with_a_remedy(encoded, monkeypatch):
         run_train(export="best")
 
 
-def test_without_held_out_samples_there_is_no_best(encoded):
+def test_without_held_out_samples_there_is_no_best_and_no_stall(encoded):
     run_encoders(write_params(prepare={"source": "images", "validation_fraction": 0.0}))
-    with pytest.raises(StageError, match="export best needs held-out samples"):
-        run_train(export="best")
-    run_train()  # nothing is trained twice
+    changes = {"export": "best", "early_stopping_patience": 2}
+    for name, value in changes.items():
+        with pytest.raises(StageError, match=rf"params\.yaml: train\.{name} need held-out samples"):
+            run_train(**{name: value})
+    with pytest.raises(StageError, match=r"train\.export and train\.early_stopping_patience need"):
+        run_train(**changes)
+    assert not Path(".work/train").exists()  # refused before anything is trained
+    run_train()
     assert not Path("data/training/plots/metrics/validation_loss.tsv").exists()
 
 
 # --- what is trained and exported
 
 
-def test_live_weights_or_the_average_are_exported_and_validated(encoded):
+def test_live_weights_or_the_average_are_exported_validated_and_previewed(encoded):
+    preview = Path("data/training/previews/step-00000003.safetensors")
     run_train(use_ema=False)
-    live, live_losses = weights(), curve("validation_loss")
+    live, live_losses, live_preview = weights(), curve("validation_loss"), preview.read_bytes()
     run_train(export_ema=False)
     assert all(torch.equal(value, live[name]) for name, value in weights().items())
     assert curve("validation_loss") != live_losses
+    assert preview.read_bytes() != live_preview
     run_train(validate_ema=False)
     assert curve("validation_loss") == live_losses
+    assert preview.read_bytes() == live_preview
     assert any(not torch.equal(value, live[name]) for name, value in weights().items())
+
+
+def test_the_average_is_kept_as_asked_for_and_updated_once_a_step(encoded):
+    changes = {"ema_decay": 0.9, "ema_power": 0.7, "ema_update_after_step": 3}
+    options = dataclasses.replace(read_params().train, **changes)
+    ema = train.moving_average(torch.nn.Linear(1, 1), options)
+    assert (ema.max_decay, ema.power, ema.update_after_step) == (0.9, 0.7, 3)
+    assert train.moving_average(torch.nn.Linear(1, 1), dataclasses.replace(options, use_ema=False)) is None
+    run_train(**changes)
+    (path,) = Path(".work/train").rglob("step-00000006.pt")
+    assert torch.load(path, weights_only=True)["ema"]["num_updates"] == 6
 
 
 def test_adapters_train_alone_and_load_into_a_stock_pipeline(encoded):
@@ -381,6 +461,24 @@ def test_memory_format_kernels_and_compilation_are_as_asked_for(encoded, monkeyp
     run_train(**changes, allow_tf32=channels_last, torch_compile=channels_last)
     assert seen == [channels_last, channels_last]
     assert len(compiled) == channels_last
+
+
+def test_a_compiled_unet_trains_to_the_same_weights(encoded, monkeypatch):
+    changes = {"max_train_steps": 1, "lr_warmup_steps": 0, "preview_every_steps": None}
+    run_train(**changes)
+    plain, graphs = weights(), []
+
+    def as_it_is(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        UNet2DConditionModel, "compile", lambda unet: torch.nn.Module.compile(unet, backend=as_it_is)
+    )
+    run_train(**changes, torch_compile=True)
+    torch.compiler.reset()
+    assert graphs
+    assert all(torch.equal(value, plain[name]) for name, value in weights().items())
 
 
 @pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"optimizer": "adafactor"}])
@@ -546,9 +644,29 @@ def test_a_non_finite_gradient_between_two_looks_is_named(encoded, monkeypatch):
         return losses, grad_norm * (float("nan") if len(calls) == 2 else 1.0)
 
     monkeypatch.setattr(train, "train_step", spoilt)
-    with pytest.raises(StageError, match=r"non-finite gradient at step 1: (\S+ \(timestep \d+\)(, )?){4};"):
+    with pytest.raises(StageError, match=r"non-finite gradient at step 2: (\S+ \(timestep \d+\)(, )?){4};"):
         every = {f"{name}_every_steps": 4 for name in ("log", "checkpoint", "validation", "preview")}
         run_train(**every, gradient_accumulation_steps=2)
+
+
+def test_the_loss_scaler_is_kept_and_may_not_sink(encoded, monkeypatch):
+    """With the scaler that fp16 brings on a GPU, in float32."""
+    start = train.start_accelerator
+
+    def scaled_by(init_scale: float) -> None:
+        def started(options):
+            accelerator = start(options)
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+            return accelerator
+
+        monkeypatch.setattr(train, "start_accelerator", started)
+        run_train(max_train_steps=1, lr_warmup_steps=0, preview_every_steps=None)
+
+    with pytest.raises(StageError, match=r"the loss scale of fp16 has sunk to 0\.5.*checkpoint: none yet"):
+        scaled_by(0.5)
+    scaled_by(8.0)
+    (path,) = Path(".work/train").rglob("step-*.pt")
+    assert torch.load(path, weights_only=True)["scaler"]["scale"] == 8.0
 
 
 def test_accelerates_own_accumulation_is_refused(encoded, monkeypatch):

@@ -6,15 +6,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from stages import prepare, tokenize_captions
 from stages.lib.params import read_params
 from tests.conftest import REPOSITORY, content_fingerprint, run_encoders
+from tests.test_launch import ACCELERATE, TORCHRUN
 
-LAUNCH = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch):
+    """The stages must set the one thread of an encoder themselves."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(num_threads)
 
 
-def run(module: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SD_LAUNCH": LAUNCH, "SD_WORKERS": "1"}
+def run(module: str, launcher: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SD_LAUNCH": launcher, "SD_WORKERS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", module], env=environment, check=True, capture_output=True, text=True
     )
@@ -32,8 +44,8 @@ def test_encoders_write_the_bytes_of_one_process(project):
     prepare.main(params)
     tokenize_captions.main(params)
     blocks_before = set(Path(".work").rglob("*.safetensors"))
-    run("stages.encode_captions")
-    log = run("stages.encode_images")
+    run("stages.encode_captions", TORCHRUN)
+    log = run("stages.encode_images", ACCELERATE)
     assert [content_fingerprint(store) for store in stores] == alone
     assert content_fingerprint(Path("data/encode_images_report")) == report
     assert "encode images: 12 images encoded, 0 reused" in log

@@ -304,6 +304,13 @@ def test_arrays_of_a_group_have_as_many_rows(tmp_path):
         verify_store(path, "encode_images")
 
 
+@pytest.mark.parametrize("num_rows", [64, 149, 151])
+def test_another_number_of_rows_is_refused(tmp_path, num_rows):
+    group = create_store(tmp_path / "a.zarr", schema(150), {})
+    with pytest.raises(StageError, match=rf"^{tmp_path}/a\.zarr/mean: expected 150 rows, got {num_rows}; "):
+        write_rows(group, rows(num_rows))
+
+
 def test_rows_that_break_the_schema_are_refused(tmp_path):
     group = create_store(tmp_path / "a.zarr", {"mean": ArraySpec((2, 3), np.float16, ("sample", "c"))}, {})
     with pytest.raises(StageError, match="schema"):

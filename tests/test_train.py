@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from safetensors.torch import load_file, save_file
 
-from stages import train
+from stages import encode_images, train
 from stages.lib.base_model import load_unet, read_config
 from stages.lib.batches import draw_batch, parts_of_process, training_set
 from stages.lib.checkpoint import Checkpoints
@@ -39,20 +40,30 @@ def outputs() -> str:
     return content_fingerprint(Path("data/unet")) + content_fingerprint(Path("data/training"))
 
 
-@pytest.mark.parametrize("snr_gamma", [None, 5.0])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_one_step_equals_the_step_of_diffusers_script(encoded, prediction_type, snr_gamma):
+@pytest.mark.parametrize(
+    ("prediction_type", "snr_gamma", "horizontal_flip"),
+    [
+        ("epsilon", None, False),
+        ("epsilon", 5.0, True),
+        ("v_prediction", None, False),
+        ("v_prediction", 5.0, False),
+        ("sample", None, False),  # diffusers' script has no Min-SNR for it; tests/test_objective.py has
+    ],
+)
+def test_one_step_equals_the_step_of_diffusers_script(encoded, prediction_type, snr_gamma, horizontal_flip):
     """The formulas of diffusers' train_text_to_image.py on the same latents, noise and timesteps."""
-    if prediction_type == "sample" and snr_gamma is not None:
-        pytest.skip("diffusers' script has no Min-SNR for sample prediction; tests/test_objective.py has")
-    options = write_params(
+    params = write_params(
+        encode_images={"horizontal_flip": horizontal_flip},
         train={
             "prediction_type": prediction_type,
             "snr_gamma": snr_gamma,
             "noise_offset": 0.1,
             "input_perturbation": 0.2,
-        }
-    ).train
+        },
+    )
+    options = params.train
+    if horizontal_flip:
+        encode_images.main(params)
     latents, conditioning = read_latents(), read_conditioning()
     data = training_set(read_captions(Path("data/pairs/captions.parquet")), latents, conditioning)
     batch = draw_batch(data, options, 0, 1000)
@@ -67,8 +78,10 @@ def test_one_step_equals_the_step_of_diffusers_script(encoded, prediction_type, 
     reference = UNet2DConditionModel.from_pretrained("data/base/unet")
     scheduler = DDPMScheduler.from_pretrained("data/base/scheduler", prediction_type=prediction_type)
     (bucket,) = latents.buckets
-    moments = bucket.mean[batch.latent_rows, 0].float(), bucket.logvar[batch.latent_rows, 0].float()
-    scaled = (moments[0] + torch.exp(0.5 * moments[1]) * batch.posterior_noise) * 0.5
+    assert set(batch.views.tolist()) == ({0, 1} if horizontal_flip else {0})
+    chosen = batch.latent_rows, batch.views
+    mean, logvar = bucket.mean[chosen].float(), bucket.logvar[chosen].float()
+    scaled = (mean + torch.exp(0.5 * logvar) * batch.posterior_noise) * 0.5
     noisy = scheduler.add_noise(scaled, batch.input_noise, batch.timesteps)
     hidden = conditioning.encoder_hidden_states[batch.caption_rows].float()
     prediction = reference(noisy, batch.timesteps, hidden).sample
@@ -81,10 +94,10 @@ def test_one_step_equals_the_step_of_diffusers_script(encoded, prediction_type, 
         loss = F.mse_loss(prediction.float(), target.float(), reduction="mean")
     else:
         snr = compute_snr(scheduler, batch.timesteps)
-        weights = torch.stack([snr, snr_gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0]
-        weights = weights / (snr + 1 if prediction_type == "v_prediction" else snr)
+        expected = torch.stack([snr, snr_gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0]
+        expected = expected / (snr + 1 if prediction_type == "v_prediction" else snr)
         each = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-        loss = (each * weights).mean()
+        loss = (each * expected).mean()
     loss.backward()
     expected_norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
 
@@ -120,7 +133,8 @@ def test_outputs_and_curves(encoded):
     assert lr[0].split() == ["step", "lr"]
     steps, rates = zip(*(map(float, line.split()) for line in lr[1:]), strict=True)
     assert steps == (1, 2, 3, 4, 5, 6)
-    assert rates[:3] == pytest.approx((0, 1.5e-4, 3e-4))  # two warm-up steps, then the peak
+    cosine = [3e-4 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert rates == pytest.approx([0, 1.5e-4, *cosine], rel=1e-9)  # two steps of warm-up, then to zero
     assert len(Path("data/training/plots/metrics/validation_loss.tsv").read_text().splitlines()) == 3
 
 
@@ -200,7 +214,7 @@ def test_a_non_finite_loss_names_step_samples_and_checkpoint(encoded):
     weights = load_file(path)
     weights["conv_out.bias"][0] = float("nan")
     save_file(weights, path, {"format": "pt"})
-    with pytest.raises(StageError, match=r"non-finite loss at step 0: \d\d\.png \(timestep \d+\).*none yet"):
+    with pytest.raises(StageError, match=r"non-finite loss at step 1: \d\d\.png \(timestep \d+\).*none yet"):
         run_train()
 
 
@@ -212,7 +226,7 @@ def test_a_non_finite_gradient_stops_before_a_checkpoint(encoded, monkeypatch):
         return losses, torch.tensor(math.nan)
 
     monkeypatch.setattr(train, "train_step", spoilt)
-    with pytest.raises(StageError, match=r"non-finite gradient at step 0: \d\d\.png \(timestep \d+\)"):
+    with pytest.raises(StageError, match=r"non-finite gradient at step 1: \d\d\.png \(timestep \d+\)"):
         run_train()
     assert not list(Path(".work/train").rglob("*.pt"))
 
@@ -250,10 +264,18 @@ def test_fp16_without_a_gpu_is_refused(encoded):
         run_train(mixed_precision="fp16")
 
 
-def test_bf16_trains_close_to_float32_and_validates_in_float32(encoded):
+def test_bf16_trains_close_to_float32_and_validates_in_float32(encoded, monkeypatch):
     run_train(max_train_steps=2)
     whole = json.loads(Path("data/training/metrics.json").read_text())
+    forward, seen = UNet2DConditionModel.forward, set()
+
+    def watched(self, *inputs, **options):
+        seen.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return forward(self, *inputs, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", watched)
     run_train(max_train_steps=2, mixed_precision="bf16")
+    assert seen == {(True, True), (False, False)}  # steps; validation and previews
     half = json.loads(Path("data/training/metrics.json").read_text())
     assert half["train_loss"] != whole["train_loss"]
     assert half["train_loss"] == pytest.approx(whole["train_loss"], rel=0.02)
@@ -272,33 +294,38 @@ def test_a_batch_that_cannot_be_split_is_refused(encoded):
         parts_of_process(read_params().train, 0, 3)
 
 
-def test_adapters_and_adafactor_have_their_libraries_in_a_process_of_their_own(encoded):
-    few = {"max_train_steps": 1, "lr_warmup_steps": 0}
-    write_params(train=few | {"lora_rank": 2, "optimizer": "adafactor"})
-    environment = {"PYTHONPATH": str(REPOSITORY), "SD_WORK": ".work", "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-m", "stages.train"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert Path("data/unet/pytorch_lora_weights.safetensors").exists()
-
-
-def test_the_process_loads_no_vae_no_text_encoder_and_no_image_codec(encoded):
-    write_params(train={"max_train_steps": 1, "lr_warmup_steps": 0})
+def modules_of_a_run(**options: object) -> set[str]:
+    """What is loaded at the end of one training step in a process of its own."""
+    write_params(train={"max_train_steps": 1, "lr_warmup_steps": 0, **options})
     script = """
 import runpy, sys
 runpy.run_module("stages.train", run_name="__main__")
-unwanted = (
-    "diffusers.models.autoencoders.", "transformers.models.clip.modeling",
-    "PIL.PngImagePlugin", "PIL.JpegImagePlugin",
-)
-loaded = [name for name in sys.modules if name.startswith(unwanted)]
-assert not loaded, loaded
-assert "diffusers.models.unets.unet_2d_condition" in sys.modules
-found = [name for name in ("pandas", "peft", "scipy", "transformers") if sys.modules.get(name)]
-assert not found, found
+print(*(name for name, module in sys.modules.items() if module))
 """
     environment = {"PYTHONPATH": str(REPOSITORY), "SD_WORK": ".work", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert "diffusers.models.unets.unet_2d_condition" in loaded
+    # diffusers.utils imports PIL.Image, whoever uses it; every codec of PIL needs PIL.ImageFile.
+    unwanted = (
+        "diffusers.models.autoencoders", "diffusers.pipelines", "transformers.models.clip", "torchvision",
+        "PIL.ImageFile",
+    )  # fmt: skip
+    assert not [name for name in loaded if name.startswith(unwanted)]
+    return loaded
+
+
+def test_the_process_loads_no_vae_no_text_model_and_no_image_codec(encoded):
+    assert modules_of_a_run().isdisjoint({"pandas", "peft", "scipy", "transformers"})
+
+
+def test_adapters_and_adafactor_load_their_libraries_but_no_model_beside_the_unet(encoded):
+    loaded = modules_of_a_run(lora_rank=2, optimizer="adafactor")
+    assert {"peft", "transformers.optimization"} <= loaded
+    # The one text model's class among them is Bloom's, which peft imports for methods that are not LoRA.
+    models = {name.split(".")[2] for name in loaded if re.match(r"transformers\.models\..*\.modeling_", name)}
+    assert models <= {"auto", "bloom"}
+    assert Path("data/unet/pytorch_lora_weights.safetensors").exists()

@@ -2,9 +2,11 @@
 
 import errno
 import os
+import platform
 import random
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import safetensors.numpy
 
 from stages.lib import work
 from stages.lib.errors import StageError
-from stages.lib.work import WorkStore, fingerprint, write_atomically
+from stages.lib.work import WorkStore, fingerprint, open_atomically, remove_partials, write_atomically
 from stages.lib.work_directory import work_root
 from tests.conftest import REPOSITORY
 
@@ -68,13 +70,30 @@ def test_a_flipped_bit_is_found_before_anything_is_read(tmp_path):
 
 
 def test_a_partial_file_is_never_a_block(tmp_path):
+    """It stays while its process may live: on another host for a day."""
     store = filled(tmp_path)
-    dead, alive = (store.directory / f"x.safetensors.{pid}.partial" for pid in (2**22 + 1, os.getpid()))
-    for partial in (dead, alive):
+    dead, yesterday = 2**22 + 1, time.time() - 25 * 60 * 60
+    stays = [f"{os.getpid()}@{platform.node()}", f"{dead}@another.host"]
+    goes = [f"{dead}@{platform.node()}", f"{os.getpid()}@a.third"]
+    partials = {name: store.directory / f"x.safetensors.{name}.partial" for name in (*stays, *goes)}
+    for partial in partials.values():
         partial.write_bytes(b"half")
+    for name in (stays[0], goes[1]):
+        os.utime(partials[name], (yesterday, yesterday))
     assert len(WorkStore(tmp_path, "encode", {"weights": "a"})) == 3
-    assert not dead.exists()
-    assert alive.exists()
+    assert [name for name, partial in partials.items() if partial.exists()] == stays
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_what_is_being_written_stays(tmp_path):
+    def killed() -> None:
+        with open_atomically(tmp_path / "killed"):
+            os._exit(0)
+
+    os.waitpid(elsewhere(killed), 0)
+    with open_atomically(tmp_path / "alive"):
+        assert len(list(tmp_path.glob("*.partial"))) == 2
+        remove_partials(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["alive"]
 
 
 def test_fingerprint_ignores_key_order_alone():
