@@ -12,7 +12,9 @@ import torch
 from stages import prepare, tokenize_captions
 from stages.lib.params import read_params
 from tests.conftest import REPOSITORY, content_fingerprint, run_encoders
-from tests.test_launch import ACCELERATE, TORCHRUN
+from tests.test_launch import ACCELERATE
+
+TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
 
 
 @pytest.fixture(autouse=True)
