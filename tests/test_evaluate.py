@@ -19,10 +19,13 @@ from safetensors.torch import load_file, save_file
 from stages import evaluate, fetch_base
 from stages.lib import evaluation_pictures
 from stages.lib.clip_features import image_features, load_clip, text_features
+from stages.lib.clip_metrics import Nearest
 from stages.lib.conditioning import read_conditioning
 from stages.lib.draws import generator
 from stages.lib.evaluation_pictures import (
+    MadePicture,
     learning,
+    nearest_pairs,
     sample_path,
     save_metric_pictures,
     save_samples,
@@ -415,6 +418,27 @@ def test_nearest_shows_each_picture_beside_the_training_image_it_resembles(evalu
         assert np.array_equal(generated, enlarged(pair["picture"]))
         resized = Image.open(Path("images", pair["sample_id"])).resize((128, 115), Image.Resampling.LANCZOS)
         assert np.array_equal(trained[6:121], np.asarray(resized))
+
+
+def test_nearest_pairs_are_drawn_the_nearest_first_each_with_the_image_it_names(encoded, tables):
+    samples = read_captions(Path("data/pairs/captions.parquet"))
+    training = [sample.sample_id for sample in samples if sample.split == "train"]
+    pictures = [MadePicture(Path(f"{number}.png"), f"caption {number}") for number in range(3)]
+    for number, made in enumerate(pictures):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(made.path)
+    nearest = Nearest(torch.tensor([0.5, 0.9, 0.7]), torch.tensor([2, 0, 1]))
+    _, entries = nearest_pairs(pictures, nearest, training, Path("data/pairs/images"), 3)
+    expected = [(1, training[0], 0.9), (2, training[1], 0.7), (0, training[2], 0.5)]
+    assert entries == [
+        {"picture": f"{number}.png", "sample_id": name, "similarity": pytest.approx(cosine)}
+        for number, name, cosine in expected
+    ]
+    rows = [row for _, _, part in tables for row in part]
+    for row, (number, name, cosine) in zip(rows, expected, strict=True):
+        assert row.label == f"cosine {cosine:.3f}, {name}: caption {number}"
+        generated, trained = map(np.asarray, row.pictures)
+        assert (generated == (number, 0, 0)).all()
+        assert np.array_equal(trained, np.asarray(Image.open(Path("images", name))))
 
 
 def test_another_batch_size_gives_the_same_numbers(evaluated):
