@@ -229,7 +229,7 @@ def _epoch_turns(sizes: tuple[int, ...], batch_size: int, seed: int, epoch: int)
 
 @functools.lru_cache(maxsize=64)
 def _orders(num_samples: int, seed: int, bucket: int) -> Callable[[int], Sequence[int]]:
-    """Epoch -> permutation of a bucket; a batch needs two at most."""
+    """Epoch -> permutation of a bucket; epochs come in order, so two are kept."""
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> Sequence[int]:
