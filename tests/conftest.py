@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,16 @@ def run_encoders(params: Params) -> None:
     tokenize_captions.main(params)
     encode_captions.main(params)
     encode_images.main(params)
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Here and in what is started, so that an encoder has to set its one thread itself."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

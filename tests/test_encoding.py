@@ -21,16 +21,7 @@ from stages.lib.errors import StageError
 from stages.lib.work import Row, WorkStore
 
 REPOSITORY = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def two_threads(monkeypatch):
-    """Here and in what is started: an encoder's one thread must be set."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def load(value: float) -> np.ndarray:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from stages import prepare, tokenize_captions
 from stages.lib.params import read_params
@@ -15,16 +14,7 @@ from tests.conftest import REPOSITORY, content_fingerprint, run_encoders
 from tests.test_launch import ACCELERATE
 
 TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
-
-
-@pytest.fixture(autouse=True)
-def two_threads(monkeypatch):
-    """The stages must set the one thread of an encoder themselves."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def run(module: str, launcher: str) -> str:
