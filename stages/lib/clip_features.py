@@ -10,14 +10,17 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from stages.lib.base_model import read_config
 from stages.lib.errors import StageError
+from stages.lib.stage_run import left_out
+
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 # Of every forward pass, short batches are padded: a row's bits do not depend on its neighbours then.
 BATCH_SIZE = 32
@@ -45,6 +48,8 @@ def load_clip(directory: Path) -> Clip:
             f"{directory}: {'; '.join(problems)}; "
             "take a directory that CLIPModel and CLIPProcessor of transformers load"
         )
+    with left_out("scipy"):  # transformers would import it for the losses of other models
+        from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
     try:
         image_processor = CLIPImageProcessorPil.from_pretrained(directory, local_files_only=True)
         tokenizer = CLIPTokenizer.from_pretrained(directory, local_files_only=True)

@@ -10,10 +10,10 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image, ImageOps
 
 from stages.lib.clip_features import Clip, image_features, text_features
@@ -23,6 +23,9 @@ from stages.lib.inception_features import Inception, inception_features
 from stages.lib.pairs import TRAIN, VALIDATION, SampleCaptions, iter_images
 from stages.lib.progress import progress_bar
 from stages.lib.validation import HeldOutLosses
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 
 @dataclass(frozen=True)

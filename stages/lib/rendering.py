@@ -11,11 +11,9 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import diffusers
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from PIL import Image
 
 from stages.lib.base_model import load_unet, read_config
@@ -23,7 +21,11 @@ from stages.lib.captions import token_windows
 from stages.lib.errors import StageError
 from stages.lib.params import Evaluate
 from stages.lib.progress import progress_bar
+from stages.lib.stage_run import left_out
 from stages.lib.text_encoder import encode_text
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 SAMPLERS = {
     "ddim": "DDIMScheduler",
@@ -102,6 +104,16 @@ def sampling_config(base: Path, unet: Path) -> dict[str, Any]:
     return read_config(trained if trained.exists() else base / "scheduler" / "scheduler_config.json")
 
 
+def unused_libraries(config: Mapping[str, Any]) -> list[str]:
+    """What diffusers imports where it is installed, a second of a start, and does not need here.
+
+    Args:
+        config: scheduler_config.json of the sampler; two kinds of them compute with scipy.
+    """
+    needs_scipy = config.get("use_beta_sigmas") or config.get("_class_name") == "LMSDiscreteScheduler"
+    return ["peft"] if needs_scipy else ["peft", "scipy"]
+
+
 def load_renderer(
     base: Path,
     unet: Path,
@@ -124,6 +136,8 @@ def load_renderer(
         StageError: if a part is missing, damaged, or the scheduler is none of diffusers'.
     """
     config = sampling_config(base, unet)
+    with left_out(*unused_libraries(config)):
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     pipeline = StableDiffusionPipeline.from_pretrained(
         base,
         unet=load_unet(unet.parent),
@@ -227,12 +241,16 @@ def _sampler(name: str, own: Any) -> Any:
     """A fresh scheduler with the model's betas, prediction_type and timestep_spacing."""
     if name == "base":
         return own
+    import diffusers
+
     # DDIM's default clips every sample to [-1, 1], which is meant for pixels.
     changes = {"clip_sample": False} if name == "ddim" else {}
     return getattr(diffusers, SAMPLERS[name]).from_config(own.config, **changes)
 
 
 def _scheduler_class(name: str, unet: Path) -> Any:
+    import diffusers
+
     found = getattr(diffusers, name, None)
     if not name.endswith("Scheduler") or found is None:
         raise StageError(
