@@ -398,12 +398,12 @@ def test_the_held_out_loss_orders_base_fine_tuned_and_overfitted(encoded):
     image = sample_latents(mean, logvar, torch.zeros_like(mean), latents.scaling_factor)
     noisy = scheduler.add_noise(image, noise, timesteps)
     states = conditioning.states(conditioning.rows([samples[0].captions[0]]), torch.device("cpu"))
-    optimizer = torch.optim.Adam(overfitted.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(overfitted.parameters(), lr=3e-3)
 
     def loss_of_the_noisy_image(unet):
         return (unet(noisy, timesteps, states).sample - noise).square().mean()
 
-    for _ in range(60):
+    for _ in range(150):
         optimizer.zero_grad()
         loss_of_the_noisy_image(overfitted).backward()
         optimizer.step()
@@ -411,7 +411,7 @@ def test_the_held_out_loss_orders_base_fine_tuned_and_overfitted(encoded):
     unets = load("data/base/unet"), load("data/unet"), overfitted.eval()
     with torch.no_grad():
         _, *seen = (float(loss_of_the_noisy_image(unet)) for unet in unets)
-    assert seen[1] < 0.5 * seen[0]  # it does fit what it was trained on
+    assert seen[1] < 0.01 * seen[0]  # it does fit what it was trained on
     base, tuned, over = (
         Measurements(losses(unet), "epsilon", scheduler.alphas_cumprod, None, None) for unet in unets
     )
