@@ -41,14 +41,15 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from stages import encode_images, fetch_base, prepare  # noqa: E402
-from stages.lib.autoencoder import build_encoder  # noqa: E402
-from stages.lib.framing import allowed_sizes, frame_images  # noqa: E402
-from stages.lib.pairs import image_index, iter_images  # noqa: E402
-from stages.lib.params import Params, read_params  # noqa: E402
-from stages.lib.sources import open_source  # noqa: E402
-from stages.lib.stage_run import keep_freed_memory  # noqa: E402
-from stages.lib.stores import open_store  # noqa: E402
-from stages.lib.work import Block, WorkStore  # noqa: E402
+from stages.lib.data.pairs import image_index, iter_images  # noqa: E402
+from stages.lib.data.sources import open_source  # noqa: E402
+from stages.lib.encoding.autoencoder import build_encoder  # noqa: E402
+from stages.lib.encoding.framing import allowed_sizes, frame_images  # noqa: E402
+from stages.lib.frame.params import Params, read_params  # noqa: E402
+from stages.lib.frame.start_up import keep_freed_memory  # noqa: E402
+from stages.lib.store.blocks import Block  # noqa: E402
+from stages.lib.store.work_store import WorkStore  # noqa: E402
+from stages.lib.store.zarr_store import open_store  # noqa: E402
 from tests.checkpoints import sd15_like  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -552,10 +552,11 @@ def processor() -> str:
 
 def bare() -> None:
     """Forward and backward of the stage's UNet on one batch of the stores' shapes, as the stage runs it."""
-    from stages.lib.base_model import BASE, load_unet
-    from stages.lib.params import read_params
-    from stages.lib.stage_run import keep_freed_memory
-    from stages.lib.stores import open_store
+    from stages.lib.frame.params import read_params
+    from stages.lib.frame.start_up import keep_freed_memory
+    from stages.lib.models.layout import BASE
+    from stages.lib.models.loaders import load_unet
+    from stages.lib.store.zarr_store import open_store
 
     keep_freed_memory()
     options = read_params().train

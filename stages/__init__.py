@@ -1,7 +1,5 @@
-"""The stages, each run as `python -m stages.NAME`, and what they share."""
+"""The stages, each run as `python -m stages.NAME`; what they share lies in rooms in `lib`."""
 
-import gc
+from stages.lib.frame.start_up import look_for_cycles_less_often
 
-# Importing torch and diffusers makes a million objects that stay: looking for cycles among them every
-# 700, as is the default, takes a fifth of the time.
-gc.set_threshold(10_000, 10, 10)
+look_for_cycles_less_often()  # before torch and diffusers are imported

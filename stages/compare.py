@@ -12,7 +12,7 @@ Params none
 from __future__ import annotations
 
 import argparse
-import sys
+import functools
 from pathlib import Path
 
 from dvc.api import DVCFileSystem
@@ -21,11 +21,12 @@ from dvc.repo import Repo
 from dvc.scm import RevError
 from dvc_data.index import DataIndexDirError
 
-from stages.lib.errors import StageError
-from stages.lib.full_disk import describe_full_disk
-from stages.lib.gallery_run import MissingOutput, Run, read_run
-from stages.lib.page import render_page
-from stages.lib.paired_runs import changes_from_first
+from stages.lib.core.paths import COMPARISON_PAGE
+from stages.lib.frame.errors import StageError
+from stages.lib.frame.run import run_command
+from stages.lib.page.comparison import changes_from_first
+from stages.lib.page.render import render_page
+from stages.lib.page.run_outputs import MissingOutput, Run, read_run
 
 WORKSPACE = "workspace"
 LOST = (
@@ -89,13 +90,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "revisions", metavar="REV", nargs="+", help="branch, commit, experiment, or workspace"
     )
-    parser.add_argument("--out", type=Path, default=Path("data/comparison.html"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=COMPARISON_PAGE, help="default: %(default)s")
     arguments = parser.parse_args()
-    try:
-        main(arguments.revisions, arguments.out)
-    except Exception as error:
-        message = describe_full_disk(error) or (str(error) if isinstance(error, StageError) else None)
-        if message is None:
-            raise
-        sys.exit(f"\ncompare: {message}")
+    run_command("compare", functools.partial(main, arguments.revisions, arguments.out))
     print(arguments.out)

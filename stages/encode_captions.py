@@ -12,17 +12,25 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stages.lib.base_model import BASE, component_fingerprint, read_config
-from stages.lib.encoding import Encoder, Item, encode_missing, processes
-from stages.lib.errors import StageError
-from stages.lib.params import EncodeCaptions, Params
-from stages.lib.stage_run import leave_out, run_stage, work_root, write_json
-from stages.lib.stores import (
+from stages.lib.core.files import write_json
+from stages.lib.core.fingerprints import code_identity, environment, fingerprint
+from stages.lib.core.paths import BASE, ENCODE_CAPTIONS_METRICS, ENCODED_CAPTIONS, TOKENS
+from stages.lib.encoding.batches import Encoder, InProcess, compute_with_one_thread
+from stages.lib.encoding.engine import Item, encode_missing, processes
+from stages.lib.encoding.text_encoder import build_encoder
+from stages.lib.frame.errors import StageError
+from stages.lib.frame.params import EncodeCaptions, Params
+from stages.lib.frame.run import run_stage, work_root
+from stages.lib.frame.start_up import leave_out
+from stages.lib.models.layout import read_config
+from stages.lib.models.weights import component_fingerprint
+from stages.lib.store.blocks import Row
+from stages.lib.store.work_store import WorkStore
+from stages.lib.store.zarr_store import (
     ArraySpec,
     create_store,
     finish_store,
@@ -32,10 +40,6 @@ from stages.lib.stores import (
     verify_store,
     write_rows,
 )
-from stages.lib.text_encoder import build_encoder
-from stages.lib.work import Row, WorkStore, environment, fingerprint, source_fingerprint
-
-TOKENS, CAPTIONS = Path("data/tokens.zarr"), Path("data/captions.zarr")
 
 
 def check_clip_skip(options: EncodeCaptions) -> None:
@@ -62,7 +66,7 @@ def main(params: Params) -> None:
         "clip_skip": options.clip_skip,
         "dtype": options.dtype,
         "batch_size": options.batch_size,
-        "code": source_fingerprint(build_encoder),
+        "code": code_identity(build_encoder, InProcess, compute_with_one_thread),
         **environment("transformers"),
     }
     store = WorkStore(work_root(), "encode_captions", recipe)
@@ -77,14 +81,14 @@ def main(params: Params) -> None:
         "num_chunks": num_chunks,
     }
     redone = write_captions(store, captions, keys, attributes)
-    output = verify_store(CAPTIONS, "encode_captions")
-    blocks = iter_array(CAPTIONS, output, "encoder_hidden_states", "encode_captions")
+    output = verify_store(ENCODED_CAPTIONS, "encode_captions")
+    blocks = iter_array(ENCODED_CAPTIONS, output, "encoder_hidden_states", "encode_captions")
     metrics = {
         "num_encoded_captions": len(captions),
         "num_windows_redone_in_float32": len(redone),
         **mean_and_std(row for block in blocks for row in block),
     }
-    write_json(Path("data/encode_captions_metrics.json"), metrics)
+    write_json(ENCODE_CAPTIONS_METRICS, metrics)
 
 
 def encode(
@@ -130,9 +134,9 @@ def write_captions(
                 "caption": np.asarray(caption, np.dtypes.StringDType()),
             }
 
-    output = create_store(CAPTIONS, schema, attributes)
+    output = create_store(ENCODED_CAPTIONS, schema, attributes)
     write_rows(output, rows())
-    finish_store(CAPTIONS, output)
+    finish_store(ENCODED_CAPTIONS, output)
     return redone
 
 

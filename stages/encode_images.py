@@ -14,26 +14,18 @@ import functools
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stages.lib.autoencoder import build_encoder
-from stages.lib.base_model import component_fingerprint, read_vae_config
-from stages.lib.encoding import Encoder, Item, encode_missing, processes
-from stages.lib.encoding_report import (
-    REPORT,
-    Reconstruction,
-    draw_reconstructions,
-    fixed_sample,
-    scores,
-    worst,
-    write_left_out,
-    write_shapes,
-)
-from stages.lib.errors import StageError
-from stages.lib.framing import (
+from stages.lib.core.files import fresh_directory, write_json
+from stages.lib.core.fingerprints import code_identity, environment
+from stages.lib.core.paths import BASE, ENCODE_IMAGES_METRICS, ENCODING_REPORT, LATENTS, PAIR_IMAGES
+from stages.lib.data.pairs import image_index, read_images, scan_images
+from stages.lib.encoding.autoencoder import build_encoder
+from stages.lib.encoding.batches import Encoder, InProcess, compute_with_one_thread
+from stages.lib.encoding.engine import Item, encode_missing, processes
+from stages.lib.encoding.framing import (
     FramedImage,
     Framing,
     LeftOut,
@@ -43,17 +35,35 @@ from stages.lib.framing import (
     nominal_resolution,
     view_names,
 )
-from stages.lib.latents import LATENTS, channel_statistics
-from stages.lib.pairs import image_index, read_images, scan_images
-from stages.lib.params import EncodeImages, Params
-from stages.lib.pixels import load_pixels
-from stages.lib.reconstruction import BATCH_SIZE, build_reconstructor
-from stages.lib.stage_run import fresh_directory, leave_out, run_stage, work_root, write_json
-from stages.lib.stores import ArraySpec, create_store, finish_store, iter_array, verify_store, write_rows
-from stages.lib.work import Row, WorkStore, environment, source_fingerprint
+from stages.lib.encoding.pixels import load_pixels
+from stages.lib.encoding.reconstruction import BATCH_SIZE, build_reconstructor
+from stages.lib.encoding.report import (
+    Reconstruction,
+    channel_statistics,
+    draw_reconstructions,
+    fixed_sample,
+    scores,
+    worst,
+    write_left_out,
+    write_shapes,
+)
+from stages.lib.frame.errors import StageError
+from stages.lib.frame.params import EncodeImages, Params
+from stages.lib.frame.run import run_stage, work_root
+from stages.lib.frame.start_up import leave_out
+from stages.lib.models.layout import read_vae_config
+from stages.lib.models.weights import component_fingerprint
+from stages.lib.store.blocks import Row
+from stages.lib.store.work_store import WorkStore
+from stages.lib.store.zarr_store import (
+    ArraySpec,
+    create_store,
+    finish_store,
+    iter_array,
+    verify_store,
+    write_rows,
+)
 
-IMAGES, BASE = Path("data/pairs/images"), Path("data/base")
-METRICS = Path("data/encode_images_metrics.json")
 logger = logging.getLogger(__name__)
 
 
@@ -62,7 +72,7 @@ def main(params: Params) -> None:
     vae_config = read_vae_config(BASE)
     sizes = allowed_sizes(options)
     check_sizes(sizes, downsampling(vae_config))
-    images, left_out = frame_images(image_index(IMAGES), sizes, options)
+    images, left_out = frame_images(image_index(PAIR_IMAGES), sizes, options)
     check_left_out(images, left_out)
     recipe = {
         "model": component_fingerprint(BASE / "vae"),
@@ -70,7 +80,7 @@ def main(params: Params) -> None:
         "jpeg_draft": options.jpeg_draft,
         "dtype": options.dtype,
         "batch_size": options.batch_size,
-        "code": source_fingerprint(build_encoder, load_pixels),
+        "code": code_identity(build_encoder, load_view, InProcess, compute_with_one_thread),
         **environment("diffusers", "pillow"),
     }
     moments = WorkStore(work_root(), "encode_images", recipe)
@@ -78,7 +88,7 @@ def main(params: Params) -> None:
     checked = fixed_sample(images, options.num_reconstructions)
     judged = {
         "moments": recipe,
-        "code": source_fingerprint(build_reconstructor),
+        "code": code_identity(build_reconstructor, load_view_and_mean, InProcess, compute_with_one_thread),
         **environment("scikit-image"),
     }
     decoded = WorkStore(work_root(), "reconstruct_images", judged)
@@ -110,7 +120,7 @@ def main(params: Params) -> None:
         **channel_statistics(means),
         **scores(reconstructions),
     }
-    write_json(METRICS, metrics)
+    write_json(ENCODE_IMAGES_METRICS, metrics)
 
 
 def check_sizes(sizes: list[Size], factor: int) -> None:
@@ -131,7 +141,7 @@ def downsampling(vae_config: dict[str, Any]) -> int:
 def check_left_out(images: list[FramedImage], left_out: list[LeftOut]) -> None:
     """Say what is left out; raise StageError if that is everything."""
     if left_out:
-        logger.warning("%d images are too small, see %s", len(left_out), REPORT / "left_out.jsonl")
+        logger.warning("%d images are too small, see %s", len(left_out), ENCODING_REPORT / "left_out.jsonl")
     if not images:
         raise StageError(
             f"all {len(left_out)} images are too small, the first: {left_out[0].sample_id}: "
@@ -146,7 +156,7 @@ def encode(moments: WorkStore, images: list[FramedImage], options: EncodeImages)
 
     def items(missing: set[str]) -> Iterator[Item]:
         wanted = {image.sample_id for image in images if not missing.isdisjoint(image.keys)}
-        for sample_id, content in scan_images(IMAGES, wanted):
+        for sample_id, content in scan_images(PAIR_IMAGES, wanted):
             image = image_of[sample_id]
             for key, view, name in zip(image.keys, image.views, names, strict=True):
                 yield Item(key, f"{sample_id} ({name})", (content, view), image.size)
@@ -164,7 +174,7 @@ def reconstruct(
 
     def items(missing: set[str]) -> Iterator[Item]:
         wanted = [image for image in images if image.keys[0] in missing]
-        contents = read_images(IMAGES, [image.sample_id for image in wanted])
+        contents = read_images(PAIR_IMAGES, [image.sample_id for image in wanted])
         rows = moments.rows([image.keys[0] for image in wanted])
         for image, row in zip(wanted, rows, strict=True):
             value = (contents[image.sample_id], image.views[0], row["mean"])
@@ -260,15 +270,15 @@ def write_report(
     options: EncodeImages,
 ) -> None:
     """data/encode_images_report: shapes, images left out, and the worst reconstructions drawn."""
-    fresh_directory(REPORT)
-    write_left_out(REPORT / "left_out.jsonl", left_out)
-    write_shapes(REPORT / "shapes.csv", list(groups.values()))
+    fresh_directory(ENCODING_REPORT)
+    write_left_out(ENCODING_REPORT / "left_out.jsonl", left_out)
+    write_shapes(ENCODING_REPORT / "shapes.csv", list(groups.values()))
     centre = {image.sample_id: image.views[0] for images in groups.values() for image in images}
     drawn = worst(reconstructions)
-    contents = read_images(IMAGES, [each.sample_id for each in drawn])
+    contents = read_images(PAIR_IMAGES, [each.sample_id for each in drawn])
     pictures = [load_view(options, (content, centre[name])) for name, content in contents.items()]
     title = f"The {len(drawn)} worst of {len(reconstructions)} reconstructions"
-    draw_reconstructions(title, drawn, pictures).save(REPORT / "worst_reconstructions.png")
+    draw_reconstructions(title, drawn, pictures).save(ENCODING_REPORT / "worst_reconstructions.png")
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the stage, or a process that it started

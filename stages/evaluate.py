@@ -18,12 +18,37 @@ import logging
 import sys
 from pathlib import Path
 
-from stages.lib.base_model import BASE
-from stages.lib.clip_features import Clip, load_clip
-from stages.lib.conditioning import check_text_encoder, read_conditioning
-from stages.lib.devices import use_same_kernels
-from stages.lib.errors import StageError
-from stages.lib.evaluation_pictures import (
+from stages.lib.core.devices import use_same_kernels
+from stages.lib.core.files import fresh_directory, write_json
+from stages.lib.core.paths import (
+    BASE,
+    BASE_CLIP,
+    BASE_UNET,
+    BASELINE,
+    BASELINE_MEASUREMENTS,
+    EVALUATION,
+    PAIR_CAPTIONS,
+    PAIR_IMAGES,
+    PREVIEWS,
+    TRAINED_UNET,
+)
+from stages.lib.data.pairs import TRAIN, SampleCaptions, read_captions, read_images
+from stages.lib.diffusion.schedule import training_scheduler
+from stages.lib.diffusion.validation import validation_losses
+from stages.lib.drawing.grids import draw_message
+from stages.lib.encoding.conditioning import check_text_encoder, read_conditioning
+from stages.lib.encoding.latents import check_vae, read_latents
+from stages.lib.evaluation.clip_features import Clip, load_clip
+from stages.lib.evaluation.inception_features import Inception, load_inception
+from stages.lib.evaluation.measurements import (
+    Measurements,
+    Reference,
+    measure_data,
+    measure_unet,
+    read_measurements,
+    write_measurements,
+)
+from stages.lib.evaluation.pictures import (
     MadePicture,
     contact_sheet,
     learning,
@@ -36,7 +61,8 @@ from stages.lib.evaluation_pictures import (
     sweep,
     training_examples,
 )
-from stages.lib.evaluation_report import (
+from stages.lib.evaluation.rendering import load_renderer, sampling_config, settings
+from stages.lib.evaluation.report import (
     base_numbers,
     compared_numbers,
     metrics_of,
@@ -44,47 +70,26 @@ from stages.lib.evaluation_report import (
     report_entries,
     summary_of,
 )
-from stages.lib.grids import draw_message
-from stages.lib.inception_features import Inception, load_inception
-from stages.lib.latents import check_vae, read_latents
-from stages.lib.measurements import (
-    Measurements,
-    Reference,
-    measure_data,
-    measure_unet,
-    read_measurements,
-    write_measurements,
-)
-from stages.lib.objective import training_scheduler
-from stages.lib.pairs import TRAIN, SampleCaptions, read_captions, read_images
-from stages.lib.params import Evaluate, Params
-from stages.lib.rendering import load_renderer, sampling_config, settings
-from stages.lib.stage_run import fresh_directory, run_stage, write_json
-from stages.lib.validation import validation_losses
+from stages.lib.frame.errors import StageError
+from stages.lib.frame.params import Evaluate, Params
+from stages.lib.frame.run import run_stage
 
 logger = logging.getLogger(__name__)
-
-CLIP, UNET, IMAGES = BASE / "clip", Path("data/unet"), Path("data/pairs/images")
-BASELINE, EVALUATION, PREVIEWS = (
-    Path("data/baseline"),
-    Path("data/evaluation"),
-    Path("data/training/previews"),
-)
 
 
 def main(params: Params, stage: str) -> None:
     is_tuned = stage == "evaluate"
-    unet, output = (UNET, EVALUATION) if is_tuned else (BASE / "unet", BASELINE)
+    unet, output = (TRAINED_UNET, EVALUATION) if is_tuned else (BASE_UNET, BASELINE)
     options = params.evaluate
     use_same_kernels()
     latents, conditioning = read_latents(resident=False), read_conditioning(resident=False)
     check_vae(latents, BASE / "vae")
     check_text_encoder(conditioning, BASE / "text_encoder")
-    samples = latents.encoded(read_captions(Path("data/pairs/captions.parquet")))
+    samples = latents.encoded(read_captions(PAIR_CAPTIONS))
     clip = clip_of_the_base()
     inception = inception_for_fid(options, clip)
     if is_tuned:
-        base, reference = read_measurements(BASELINE / "measurements.safetensors")
+        base, reference = read_measurements(BASELINE_MEASUREMENTS)
         check_same_inception(base, inception)
     chosen = metric_samples(samples, options.num_metric_samples) if clip else []
     captions = [sample.captions[0] for sample in chosen]
@@ -117,17 +122,19 @@ def main(params: Params, stage: str) -> None:
         write_json(EVALUATION / "metrics.json", numbers)
         write_json(EVALUATION / "summary.json", summary_of(numbers))
     else:
-        reference = measure_data(clip, inception, samples, IMAGES, latents.resolution) if clip else None
-        write_measurements(BASELINE / "measurements.safetensors", measured, reference)
-        contact_sheet(renderer, options, samples, latents, IMAGES).save(BASELINE / "contact_sheet.png")
+        reference = measure_data(clip, inception, samples, PAIR_IMAGES, latents.resolution) if clip else None
+        write_measurements(BASELINE_MEASUREMENTS, measured, reference)
+        contact_sheet(renderer, options, samples, latents, PAIR_IMAGES).save(BASELINE / "contact_sheet.png")
         metrics = metrics_of(measured, reference, [made.caption for made in pictures], options)
         write_json(BASELINE / "metrics.json", base_numbers(metrics, measured, options))
 
 
 def clip_of_the_base() -> Clip | None:
-    if CLIP.is_dir():
-        return load_clip(CLIP)
-    logger.info("%s: not there, so metrics on CLIP features are left out; see fetch_base.clip_source", CLIP)
+    if BASE_CLIP.is_dir():
+        return load_clip(BASE_CLIP)
+    logger.info(
+        "%s: not there, so metrics on CLIP features are left out; see fetch_base.clip_source", BASE_CLIP
+    )
     return None
 
 
@@ -153,7 +160,7 @@ def check_same_inception(base: Measurements, inception: Inception | None) -> Non
 def draw_beside_base(options: Evaluate, samples: list[SampleCaptions]) -> None:
     """The grid of each setting, and the sweep over all of them."""
     example_of = training_examples(options, samples)
-    images = read_images(IMAGES, sorted(set(example_of.values())))
+    images = read_images(PAIR_IMAGES, sorted(set(example_of.values())))
     examples = {prompt: open_image(images[sample_id]) for prompt, sample_id in example_of.items()}
     fresh_directory(EVALUATION / "grids")
     for setting in settings(options):
@@ -175,7 +182,7 @@ def draw_nearest(
         return []
     training = [sample.sample_id for sample in samples if sample.split == TRAIN]
     nearest = nearest_training_images(measured, reference)
-    drawing, pairs = nearest_pairs(pictures, nearest, training, IMAGES, options.num_worst_pairs)
+    drawing, pairs = nearest_pairs(pictures, nearest, training, PAIR_IMAGES, options.num_worst_pairs)
     drawing.save(EVALUATION / "nearest.png")
     return pairs
 

@@ -12,18 +12,17 @@ from pathlib import Path
 
 from fsspec.implementations.dirfs import DirFileSystem
 
-from stages.lib.gallery_run import read_run
-from stages.lib.page import render_page
-from stages.lib.params import Params
-from stages.lib.stage_run import run_stage
-
-PAGE = Path("data/evaluation/index.html")
+from stages.lib.core.paths import GALLERY_PAGE
+from stages.lib.frame.params import Params
+from stages.lib.frame.run import run_stage
+from stages.lib.page.render import render_page
+from stages.lib.page.run_outputs import read_run
 
 
 def main(params: Params) -> None:
     files = DirFileSystem(Path.cwd().as_posix(), target_protocol="file")
     page = render_page([read_run(files, "this run")])
-    PAGE.write_text(page, encoding="utf-8")
+    GALLERY_PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ Params none
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import vl_convert
 
-from stages.lib.params import Params
-from stages.lib.stage_run import run_stage
+from stages.lib.core.paths import PLOTS_PAGE
+from stages.lib.frame.params import Params
+from stages.lib.frame.run import run_stage
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -38,7 +37,7 @@ img { max-width: 100%%; }
 
 def main(params: Params) -> None:
     bundle = vl_convert.javascript_bundle().replace("</script", "<\\/script")  # type: ignore[call-arg]
-    Path("data/plots_page.html").write_text(PAGE % bundle, encoding="utf-8")
+    PLOTS_PAGE.write_text(PAGE % bundle, encoding="utf-8")
 
 
 if __name__ == "__main__":

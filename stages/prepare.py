@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from stages.lib.errors import StageError
-from stages.lib.images import UnusableImageError, stored_image
-from stages.lib.pairs import (
+from stages.lib.core.files import fresh_directory, write_json
+from stages.lib.core.paths import PAIR_CAPTIONS, PAIR_IMAGES, PAIRS, PREPARE_METRICS, REJECTED_PAIRS
+from stages.lib.data.images import UnusableImageError, stored_image
+from stages.lib.data.listing import Rejected, Row, Source
+from stages.lib.data.pairs import (
     TRAIN,
     VALIDATION,
     SampleCaptions,
@@ -26,26 +28,20 @@ from stages.lib.pairs import (
     write_captions,
     write_images,
 )
-from stages.lib.params import Params, Prepare
-from stages.lib.progress import progress_bar
-from stages.lib.sources import Rejected, Row, Source, open_source
-from stages.lib.stage_run import fresh_directory, run_stage, work_root, write_json
-
-PAIRS = Path("data/pairs")
-IMAGES = PAIRS / "images"
-CAPTIONS = PAIRS / "captions.parquet"
-REJECTED = PAIRS / "rejected.jsonl"
-METRICS = Path("data/prepare_metrics.json")
+from stages.lib.data.sources import open_source
+from stages.lib.frame.errors import StageError
+from stages.lib.frame.params import Params, Prepare
+from stages.lib.frame.progress import progress_bar
+from stages.lib.frame.run import run_stage, work_root
 
 _DECODED_AHEAD = 64  # images in memory at a time
-
 logger = logging.getLogger(__name__)
 
 
 def main(params: Params) -> None:
     prepare = params.prepare
     fresh_directory(PAIRS)
-    fresh_directory(IMAGES)
+    fresh_directory(PAIR_IMAGES)
     extraction = work_root() / "extracted" / Path.cwd().name
     with open_source(
         Path(prepare.source), prepare.caption_column, prepare.render_resolution, extraction
@@ -67,7 +63,7 @@ def main(params: Params) -> None:
     ]
     num_train = sum(sample.split == TRAIN for sample in samples)
     check_splits(num_train, len(samples), prepare)
-    write_captions(CAPTIONS, samples)
+    write_captions(PAIR_CAPTIONS, samples)
     metrics = {
         "num_samples": len(samples),
         "num_train_samples": num_train,
@@ -76,7 +72,7 @@ def main(params: Params) -> None:
         "num_rejected": len(rejected),
         "num_unlisted_files": source.num_unlisted_files,
     }
-    write_json(METRICS, metrics)
+    write_json(PREPARE_METRICS, metrics)
     logger.info("%s: %s", PAIRS, ", ".join(f"{name} {value}" for name, value in metrics.items()))
 
 
@@ -115,7 +111,7 @@ def store_images(sample_ids: list[str], read: Callable[[str], bytes]) -> tuple[l
                     else:
                         yield result
 
-        return write_images(IMAGES, sample_ids, load), broken
+        return write_images(PAIR_IMAGES, sample_ids, load), broken
 
 
 def report_rejected(rejected: list[Rejected], num_usable: int, prepare: Prepare) -> None:
@@ -123,7 +119,7 @@ def report_rejected(rejected: list[Rejected], num_usable: int, prepare: Prepare)
     lines = [
         json.dumps({"name": row.name, "reason": row.reason}, ensure_ascii=False) + "\n" for row in rejected
     ]
-    REJECTED.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    REJECTED_PAIRS.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     num_rows = len(rejected) + num_usable
     fraction = len(rejected) / max(1, num_rows)
     if num_usable and fraction <= prepare.max_rejected_fraction:
@@ -134,7 +130,8 @@ def report_rejected(rejected: list[Rejected], num_usable: int, prepare: Prepare)
         f"{prepare.source}: {len(rejected)} of {num_rows} rows cannot be used ({fraction:.1%}), expected "
         f"one usable row or more and at most {prepare.max_rejected_fraction:.1%} rejected"
         f"{''.join(first)}{more}\n"
-        f"{REJECTED} lists all until the stage runs again; mend them or raise prepare.max_rejected_fraction"
+        f"{REJECTED_PAIRS} lists all until the stage runs again; mend them or raise "
+        "prepare.max_rejected_fraction"
     )
 
 

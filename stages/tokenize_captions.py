@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 
-from stages.lib.base_model import load_tokenizer
-from stages.lib.captions import token_windows
-from stages.lib.pairs import read_captions
-from stages.lib.params import Params
-from stages.lib.stage_run import run_stage, write_json
-from stages.lib.stores import ArraySpec, create_store, finish_store, write_rows
+from stages.lib.core.files import write_json
+from stages.lib.core.paths import BASE, PAIR_CAPTIONS, TOKENIZE_METRICS, TOKENS, TRUNCATED_CAPTIONS
+from stages.lib.data.pairs import read_captions
+from stages.lib.encoding.windows import token_windows
+from stages.lib.frame.params import Params
+from stages.lib.frame.run import run_stage
+from stages.lib.models.loaders import load_tokenizer
+from stages.lib.store.zarr_store import ArraySpec, create_store, finish_store, write_rows
 
-TOKENS = Path("data/tokens.zarr")
 logger = logging.getLogger(__name__)
 
 
 def main(params: Params) -> None:
     num_chunks = params.tokenize.num_chunks
-    tokenizer = load_tokenizer(Path("data/base"))
-    samples = read_captions(Path("data/pairs/captions.parquet"))
+    tokenizer = load_tokenizer(BASE)
+    samples = read_captions(PAIR_CAPTIONS)
     # "" is row 0: what caption dropout and classifier-free guidance use.
     captions = ["", *sorted({caption for sample in samples for caption in sample.captions} - {""})]
     kept_tokens = num_chunks * (tokenizer.model_max_length - 2) + 2  # with one start and one end
@@ -55,13 +55,13 @@ def main(params: Params) -> None:
         if count > kept_tokens
     ]
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in truncated)
-    Path("data/truncated_captions.jsonl").write_text("".join(lines), encoding="utf-8")
+    TRUNCATED_CAPTIONS.write_text("".join(lines), encoding="utf-8")
     if truncated:
         logger.warning(
-            "%d captions are cut at %d tokens, see data/truncated_captions.jsonl", len(truncated), kept_tokens
+            "%d captions are cut at %d tokens, see %s", len(truncated), kept_tokens, TRUNCATED_CAPTIONS
         )
     write_json(
-        Path("data/tokenize_metrics.json"),
+        TOKENIZE_METRICS,
         {
             "num_distinct_captions": len(captions) - 1,
             "num_truncated_captions": len(truncated),

@@ -10,49 +10,58 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 
-from stages.lib.base_model import read_config
-from stages.lib.batches import draw_batch, num_train_steps, parts_of_process, training_set
-from stages.lib.checkpoint import Checkpoints, TrainingState, load_weights
-from stages.lib.conditioning import CAPTIONS, read_conditioning
-from stages.lib.ema import MovingAverage
-from stages.lib.feed import Feed, Part, load_part
-from stages.lib.history import History
-from stages.lib.latents import LATENTS, read_latents, sample_latents
-from stages.lib.lineage import lineage_of, run_fingerprint
-from stages.lib.memory_advice import memory_advice
-from stages.lib.objective import (
-    denoising_target,
-    min_snr_weights,
-    sample_losses,
-    sampling_config,
-    signal_to_noise,
-    training_scheduler,
+from stages.lib.core.files import write_json
+from stages.lib.core.fingerprints import code_identity
+from stages.lib.core.paths import (
+    BASE,
+    ENCODED_CAPTIONS,
+    LATENTS,
+    PAIR_CAPTIONS,
+    PREVIEWS,
+    TRAINED_UNET,
+    TRAINING,
+    TRAINING_SPEED,
 )
-from stages.lib.optimizers import build_lr_schedule, build_optimizer
-from stages.lib.pairs import read_captions
-from stages.lib.params import Params, Train
-from stages.lib.preview_latents import PreviewLatents
-from stages.lib.processes import check_same_step, of_first_process, start_accelerator
-from stages.lib.progress import progress_bar
-from stages.lib.sharding import full, plain_forward, unsharded
-from stages.lib.speed import Speed
-from stages.lib.stage_run import leave_out, run_stage, work_root
-from stages.lib.step_losses import StepLosses, check_finite, check_loss_scale, checked, mean_losses
-from stages.lib.stores import store_bytes
-from stages.lib.unet import build_unet, check_shapes, export_unet, trained
-from stages.lib.validation import check_held_out, validation_losses
+from stages.lib.data.pairs import read_captions
+from stages.lib.diffusion.loss import denoising_target, min_snr_weights, sample_losses, signal_to_noise
+from stages.lib.diffusion.noise import sample_latents
+from stages.lib.diffusion.schedule import sampling_config, training_scheduler
+from stages.lib.diffusion.validation import check_held_out, validation_losses
+from stages.lib.encoding.conditioning import read_conditioning
+from stages.lib.encoding.latents import read_latents
+from stages.lib.frame.params import Params, Train
+from stages.lib.frame.progress import progress_bar
+from stages.lib.frame.run import run_stage, work_root
+from stages.lib.frame.speed import Speed
+from stages.lib.frame.start_up import leave_out
+from stages.lib.models.layout import read_config
+from stages.lib.store.zarr_store import store_bytes
+from stages.lib.training.batches import draw_batch, num_train_steps, parts_of_process, training_set
+from stages.lib.training.checkpoints import Checkpoints, TrainingState, load_weights
+from stages.lib.training.ema import MovingAverage
+from stages.lib.training.failures import (
+    StepLosses,
+    check_finite,
+    check_loss_scale,
+    checked,
+    mean_losses,
+    memory_advice,
+)
+from stages.lib.training.feed import Feed, Part, load_part
+from stages.lib.training.history import History, PreviewLatents
+from stages.lib.training.lineage import lineage_of, run_fingerprint
+from stages.lib.training.optimizers import build_lr_schedule, build_optimizer
+from stages.lib.training.processes import check_same_step, of_first_process, start_accelerator
+from stages.lib.training.sharding import full, plain_forward, unsharded
+from stages.lib.training.unet import build_unet, check_shapes, export_unet, trained
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-BASE, UNET, TRAINING = Path("data/base"), Path("data/unet"), Path("data/training")
-PAIRS, SPEED = Path("data/pairs/captions.parquet"), Path("data/training_speed.json")
 
 
 def train_step(
@@ -97,9 +106,9 @@ def main(params: Params) -> None:
     options = params.train
     accelerator = start_accelerator(options)
     is_main, device = accelerator.is_main_process, accelerator.device
-    resident = store_bytes(LATENTS) + store_bytes(CAPTIONS) <= options.max_resident_bytes
-    latents, conditioning = read_latents(LATENTS, resident), read_conditioning(CAPTIONS, resident)
-    samples = latents.encoded(read_captions(PAIRS))
+    resident = store_bytes(LATENTS) + store_bytes(ENCODED_CAPTIONS) <= options.max_resident_bytes
+    latents, conditioning = read_latents(LATENTS, resident), read_conditioning(ENCODED_CAPTIONS, resident)
+    samples = latents.encoded(read_captions(PAIR_CAPTIONS))
     check_held_out(samples, options)
     data = training_set(samples, latents, conditioning)
     my_parts, num_parts = parts_of_process(options, accelerator.process_index, accelerator.num_processes)
@@ -110,7 +119,9 @@ def main(params: Params) -> None:
     unet = build_unet(BASE, options)
     check_shapes(unet, latents, conditioning)
     lineage = lineage_of(params, BASE, scheduler.config.prediction_type, samples, latents, conditioning)
-    checkpoints = Checkpoints(work_root(), run_fingerprint(lineage, accelerator), is_main)
+    checkpoints = Checkpoints(
+        work_root(), run_fingerprint(lineage, accelerator, code_identity(main)), is_main
+    )
 
     unet.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
     forward = unet.forward  # prepare() gives the model mixed precision; validation stays in float32
@@ -125,7 +136,7 @@ def main(params: Params) -> None:
     resumed = state.restore(checkpoints.load_latest())
     check_same_step(resumed.global_step)
     history = History(TRAINING, resumed.points, is_main)
-    previews = PreviewLatents(TRAINING / "previews", samples, options, resumed.previews, is_main)
+    previews = PreviewLatents(PREVIEWS, samples, options, resumed.previews, is_main)
     preview = functools.partial(previews.add, forward, sampling, conditioning, data.main_shape, device)
 
     def parts_of(global_step: int) -> list[Part]:
@@ -194,14 +205,16 @@ def main(params: Params) -> None:
     progress.close()
     history.close()
     if is_main:
-        speed.report(SPEED)
+        summary = speed.report()
+        if summary:
+            write_json(TRAINING_SPEED, summary)
     accelerator.wait_for_everyone()  # the first process may still write the best weights
     with averaged(ema, options.export_ema):
         if options.export == "best":
             load_weights(trained(unet), checkpoints.load_best(history.best_step))
         whole = unsharded(unet, BASE)
         if is_main:
-            export_unet(whole, UNET, sampling, lineage)
+            export_unet(whole, TRAINED_UNET, sampling, lineage)
 
 
 def moving_average(unet: torch.nn.Module, options: Train) -> MovingAverage | None:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stages.lib.clip_features import image_features, load_clip
-from stages.lib.sources import read_folder
+from stages.lib.data.sources import read_folder
+from stages.lib.evaluation.clip_features import image_features, load_clip
 from tests.conftest import REPOSITORY
 from tiny.assemble import PREPROCESSOR
 

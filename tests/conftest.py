@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 
 from stages import encode_captions, encode_images, fetch_base, prepare, tokenize_captions, train
-from stages.lib.params import Params, read_params
+from stages.lib.frame.params import Params, read_params
 from tests.checkpoints import tiny_pipeline
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a thread for each process and for what it starts

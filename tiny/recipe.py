@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import yaml
 
-from stages.lib.stage_run import keep_freed_memory
+from stages.lib.frame.start_up import keep_freed_memory
 
 CHECKPOINTS = Path(".work/tiny")
 

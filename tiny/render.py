@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.lib.emoji_art import render_svg_array, short_name
+from stages.lib.data.emoji_art import render_svg_array, short_name
 from tiny.recipe import read_params
 
 STYLES = {"noto": "noto", "twemoji": "twemoji", "fluent-emoji-flat": "fluent"}

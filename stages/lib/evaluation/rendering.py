@@ -1,0 +1,285 @@
+"""Pictures from a UNet, through diffusers' own StableDiffusionPipeline.
+
+A picture is a function of its prompt, seed and setting and of ``batch_size``: in a batch of one shape a
+row's bits depend neither on its neighbours nor on its place. Another batch shape sums floats in another
+order, which moves single pixels by a level or two of 255.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from stages.lib.encoding.text_encoder import encode_text
+from stages.lib.encoding.windows import token_windows
+from stages.lib.frame.errors import StageError
+from stages.lib.frame.params import Evaluate
+from stages.lib.frame.progress import progress_bar
+from stages.lib.frame.start_up import left_out
+from stages.lib.models.layout import read_config
+from stages.lib.models.loaders import load_unet
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+SAMPLERS = {
+    "ddim": "DDIMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to sample; ``scheduler`` is one of `SAMPLERS`, or ``base`` for the model's own."""
+
+    scheduler: str
+    guidance_scale: float
+    num_inference_steps: int
+
+    @property
+    def name(self) -> str:
+        """Part of file names, e.g. ``base_guidance5_steps25``."""
+        return f"{self.scheduler}_guidance{self.guidance_scale:g}_steps{self.num_inference_steps}"
+
+    @property
+    def description(self) -> str:
+        """For headings."""
+        sampler = "" if self.scheduler == "base" else f"{self.scheduler}, "
+        return f"{sampler}guidance {self.guidance_scale:g}, {self.num_inference_steps} steps"
+
+
+def settings(options: Evaluate) -> list[Setting]:
+    """Every combination of scheduler, guidance_scale and num_inference_steps."""
+    return list(
+        itertools.starmap(
+            Setting,
+            itertools.product(options.scheduler, options.guidance_scale, options.num_inference_steps),
+        )
+    )
+
+
+class Request(NamedTuple):
+    """A picture to make. It starts from ``torch.Generator().manual_seed(seed)`` alone."""
+
+    prompt: str
+    seed: int
+
+
+class Rendered(NamedTuple):
+    """A picture, and the latents on the way to it, scaled, each (4, h, w); the last are the picture's."""
+
+    picture: Image.Image
+    path: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """A pipeline and what all pictures of an evaluation share.
+
+    Attributes:
+        pipeline: in float32.
+        prompt_embeds: text -> encoder_hidden_states (num_chunks * 77, D) float32; each text encoded once.
+        negative_prompt: one of the texts.
+        resolution: pixels, side of a picture.
+        batch_size: pictures a forward pass; shorter batches are padded.
+    """
+
+    pipeline: StableDiffusionPipeline
+    prompt_embeds: Mapping[str, torch.Tensor]
+    negative_prompt: str
+    resolution: int
+    batch_size: int
+
+
+def sampling_config(base: Path, unet: Path) -> dict[str, Any]:
+    """The scheduler_config.json beside a trained UNet's weights, else that of the base."""
+    trained = unet / "scheduler_config.json"
+    return read_config(trained if trained.exists() else base / "scheduler" / "scheduler_config.json")
+
+
+def unused_libraries(config: Mapping[str, Any]) -> list[str]:
+    """What diffusers imports where it is installed, a second of a start, and does not need here.
+
+    Args:
+        config: scheduler_config.json of the sampler; two kinds of them compute with scipy.
+    """
+    needs_scipy = config.get("use_beta_sigmas") or config.get("_class_name") == "LMSDiscreteScheduler"
+    return ["peft"] if needs_scipy else ["peft", "scipy"]
+
+
+def load_renderer(
+    base: Path,
+    unet: Path,
+    options: Evaluate,
+    texts: Iterable[str],
+    resolution: int,
+    clip_skip: int | None,
+    num_chunks: int,
+) -> Renderer:
+    """The base's pipeline with the UNet of ``unet`` and its scheduler, on the GPU where there is one.
+
+    Args:
+        base: directory of the base model.
+        unet: directory of the UNet.
+        texts: every prompt that will be asked for.
+        resolution: pixels, side of a picture.
+        clip_skip, num_chunks: as the training captions were encoded.
+
+    Raises:
+        StageError: if a part is missing, damaged, or the scheduler is none of diffusers'.
+    """
+    config = sampling_config(base, unet)
+    with left_out(*unused_libraries(config)):
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        base,
+        unet=load_unet(unet.parent),
+        scheduler=_scheduler_class(config.get("_class_name", "PNDMScheduler"), unet).from_config(config),
+        safety_checker=None,
+        requires_safety_checker=False,
+        use_safetensors=True,
+        local_files_only=True,
+        torch_dtype=torch.float32,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.to(memory_format=torch.channels_last)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    distinct = list(dict.fromkeys([*texts, options.negative_prompt]))
+    embeds = _embed(pipeline, distinct, clip_skip, num_chunks)
+    return Renderer(
+        pipeline,
+        dict(zip(distinct, embeds, strict=True)),
+        options.negative_prompt,
+        resolution,
+        options.batch_size,
+    )
+
+
+def render(
+    renderer: Renderer,
+    setting: Setting,
+    requests: Sequence[Request],
+    description: str,
+    every_steps: int | None = None,
+) -> Iterator[Rendered]:
+    """Make pictures, in the order of ``requests``, in batches of one fixed shape.
+
+    Args:
+        renderer: knows every prompt.
+        setting: how to sample.
+        requests: what to make.
+        description: of the progress bar.
+        every_steps: sampler steps between two latents kept on the way; None keeps none.
+    """
+    pipeline = renderer.pipeline
+    own = pipeline.scheduler
+    pipeline.scheduler = _sampler(setting.scheduler, own)
+    try:
+        with progress_bar(description, "pictures", len(requests)) as bar:
+            for batch in _batches(requests, renderer.batch_size):
+                yield from _render_batch(renderer, setting, batch, every_steps)
+                bar.update(len(batch))
+    finally:
+        pipeline.scheduler = own
+
+
+@torch.inference_mode()
+def decode(renderer: Renderer, latents: Sequence[torch.Tensor]) -> list[Image.Image]:
+    """Scaled latents, each (4, h, w), to pictures, in batches of one fixed shape."""
+    vae, processor = renderer.pipeline.vae, renderer.pipeline.image_processor
+    pictures: dict[int, Image.Image] = {}
+    for shape in dict.fromkeys(each.shape for each in latents):
+        rows = [row for row, each in enumerate(latents) if each.shape == shape]
+        for batch in _batches(rows, renderer.batch_size):
+            padded = [latents[row] for row in _padded(batch, renderer.batch_size)]
+            scaled = torch.stack(padded).to(renderer.pipeline.device)  # (B, 4, h, w)
+            unscaled = scaled / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+            decoded = processor.postprocess(vae.decode(unscaled).sample, output_type="pil")
+            pictures |= zip(batch, decoded, strict=False)
+    return [pictures[row] for row in range(len(latents))]
+
+
+@torch.inference_mode()
+def _render_batch(
+    renderer: Renderer, setting: Setting, batch: list[Request], every_steps: int | None
+) -> list[Rendered]:
+    padded = _padded(batch, renderer.batch_size)
+    negative = renderer.prompt_embeds[renderer.negative_prompt]
+    kept: list[torch.Tensor] = []  # each (B, 4, h, w)
+
+    def keep(
+        pipeline: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        is_last = step + 1 == pipeline.num_timesteps
+        if every_steps is not None and (is_last or (step + 1) % every_steps == 0):
+            kept.append(tensors["latents"].clone())
+        return {}
+
+    final = renderer.pipeline(
+        prompt_embeds=torch.stack([renderer.prompt_embeds[request.prompt] for request in padded]),
+        negative_prompt_embeds=negative.expand(len(padded), -1, -1),
+        generator=[torch.Generator().manual_seed(request.seed) for request in padded],
+        guidance_scale=setting.guidance_scale,
+        num_inference_steps=setting.num_inference_steps,
+        height=renderer.resolution,
+        width=renderer.resolution,
+        callback_on_step_end=keep,
+        output_type="latent",  # the pipeline's own decoding leaves out a VAE's shift_factor
+    ).images  # (B, 4, h, w)
+    pictures = decode(renderer, list(final[: len(batch)]))
+    return [Rendered(pictures[row], [latents[row] for latents in kept]) for row in range(len(batch))]
+
+
+def _sampler(name: str, own: Any) -> Any:
+    """A fresh scheduler with the model's betas, prediction_type and timestep_spacing."""
+    if name == "base":
+        return own
+    import diffusers
+
+    # DDIM's default clips every sample to [-1, 1], which is meant for pixels.
+    changes = {"clip_sample": False} if name == "ddim" else {}
+    return getattr(diffusers, SAMPLERS[name]).from_config(own.config, **changes)
+
+
+def _scheduler_class(name: str, unet: Path) -> Any:
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    if not name.endswith("Scheduler") or found is None:
+        raise StageError(
+            f"{unet}: expected a scheduler of diffusers {diffusers.__version__}, got {name}; "
+            "run `dvc repro fetch_base`"
+        )
+    return found
+
+
+@torch.inference_mode()
+def _embed(
+    pipeline: StableDiffusionPipeline, texts: list[str], clip_skip: int | None, num_chunks: int
+) -> torch.Tensor:
+    """Texts as training captions were embedded, each window alone: a row does not depend on the others.
+
+    Returns:
+        encoder_hidden_states (P, num_chunks * 77, D) float32.
+    """
+    windows, _ = token_windows(pipeline.tokenizer, texts, num_chunks)  # (P, C, 77)
+    input_ids = torch.from_numpy(windows).long().flatten(0, 1).to(pipeline.device)  # (P * C, 77)
+    states = [encode_text(pipeline.text_encoder, ids[None], clip_skip) for ids in input_ids]
+    return torch.cat(states).unflatten(0, (len(texts), num_chunks)).flatten(1, 2)
+
+
+def _batches(items: Sequence[Any], batch_size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), batch_size):
+        yield list(items[start : start + batch_size])
+
+
+def _padded(batch: list[Any], batch_size: int) -> list[Any]:
+    return batch + [batch[-1]] * (batch_size - len(batch))

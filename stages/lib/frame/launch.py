@@ -1,0 +1,67 @@
+"""The processes of a stage: one, or as many as a launcher such as `accelerate launch` starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import sys
+
+from stages.lib.frame.errors import StageError
+
+logger = logging.getLogger(__name__)
+
+
+def process_index() -> int:
+    """Which of the stage's processes this is; the first alone holds the stage's lock."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def num_processes() -> int:
+    """How many processes run this stage."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launch_command() -> list[str] | None:
+    """What ``SD_LAUNCH`` makes of this command; None if it is not set or has done its work.
+
+    `accelerate launch` and `torchrun` both take ``-m module``, set RANK, WORLD_SIZE, LOCAL_RANK and
+    LOCAL_WORLD_SIZE in every process, and end all of them, with an exit status of 1, when one fails.
+
+    Raises:
+        StageError: if ``SD_LAUNCH`` names no program.
+    """
+    launcher = os.environ.get("SD_LAUNCH", "").strip()
+    if not launcher or "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        return None
+    try:
+        words = shlex.split(launcher)
+    except ValueError as error:
+        raise StageError(f"SD_LAUNCH: {launcher!r} cannot be split into words: {error}") from error
+    if not shutil.which(words[0]):
+        raise StageError(
+            f"SD_LAUNCH: expected a command such as `accelerate launch --num_processes 2`, but there is "
+            f"no program {words[0]!r} on PATH; install it or correct SD_LAUNCH"
+        )
+    spec = sys.modules["__main__"].__spec__
+    return [*words, *(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]]
+
+
+def launch(command: list[str]) -> None:
+    """Replace this process by ``command``; it has the same process id, and does not return."""
+    logger.info("starting `%s`", shlex.join(command))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A launcher that finds one device starts one process, without RANK: it must not launch again.
+    environment = {name: value for name, value in os.environ.items() if name != "SD_LAUNCH"}
+    # On CPUs, accelerate takes each of several processes for the only one unless it is told.
+    if "ACCELERATE_USE_CPU" not in environment and not _has_accelerator():
+        environment["ACCELERATE_USE_CPU"] = "true"
+    os.execvpe(command[0], command, environment)
+
+
+def _has_accelerator() -> bool:
+    import torch  # slow to load, and the stages that launch have loaded it
+
+    return torch.accelerator.is_available()

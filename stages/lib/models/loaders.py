@@ -1,0 +1,74 @@
+"""The components of a base in memory. Each loader imports what it needs and nothing more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.lib.frame.errors import StageError
+from stages.lib.models.layout import component_directory
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+
+def load_tokenizer(base: Path) -> CLIPTokenizer:
+    """The base's tokenizer, with its own pad token (SD 1.x pads with EOS, SD 2.x with "!")."""
+    from transformers import CLIPTokenizer
+
+    directory = component_directory(base, "tokenizer")
+    return CLIPTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def load_text_encoder(base: Path) -> CLIPTextModel:
+    """The base's text encoder: CPU, float32, eval mode."""
+    import torch
+    from transformers import CLIPTextModel
+
+    # transformers 5 would keep the checkpoint's own dtype.
+    return _load_model(CLIPTextModel, component_directory(base, "text_encoder"), dtype=torch.float32)
+
+
+def load_vae(base: Path) -> AutoencoderKL:
+    """The base's VAE: CPU, float32, eval mode."""
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return _load_model(AutoencoderKL, component_directory(base, "vae"), torch_dtype=torch.float32)
+
+
+def load_unet(base: Path) -> UNet2DConditionModel:
+    """The UNet in ``base/unet``; the trained one is that of the base ``data``. CPU, float32, eval mode."""
+    import torch
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return _load_model(UNet2DConditionModel, component_directory(base, "unet"), torch_dtype=torch.float32)
+
+
+def load_scheduler(base: Path) -> DDPMScheduler:
+    """Betas, prediction_type and the training mathematics of the base's scheduler, whatever its class.
+
+    For `add_noise` and `get_velocity`; sample with the scheduler that the base names.
+    """
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    return DDPMScheduler.from_pretrained(component_directory(base, "scheduler"), local_files_only=True)
+
+
+def _load_model(model_class: Any, directory: Path, **dtype: Any) -> Any:
+    try:
+        model, loading = model_class.from_pretrained(
+            directory, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StageError(f"{directory}: cannot be loaded as {model_class.__name__}: {error}") from error
+    # The libraries only warn, and leave these weights random.
+    if missing := sorted(loading["missing_keys"]):
+        raise StageError(
+            f"{directory}: the weights lack {len(missing)} of the tensors that config.json calls for, "
+            f"e.g. {missing[0]}; fetch a whole checkpoint and run `dvc repro fetch_base`"
+        )
+    return model.eval()

@@ -1,0 +1,57 @@
+"""model_index.json: what kind of pipeline a base is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from stages.lib.frame.errors import StageError
+from stages.lib.models.layout import (
+    COMPONENTS,
+    read_config,
+)
+from stages.lib.models.origins import Origin
+
+SUPPORTED_CLASSES = {
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "text_encoder": ("CLIPTextModel",),
+    "vae": ("AutoencoderKL",),
+    "unet": ("UNet2DConditionModel",),
+}
+# Parts of a pipeline that training has no use for; the pictures of `evaluate` are made without them.
+DROPPED_COMPONENTS = ("feature_extractor", "image_encoder", "safety_checker")
+
+
+def read_pipeline_index(source: Origin) -> dict[str, Any]:
+    """``model_index.json`` of the source; StageError if it has none, as a single-file checkpoint has not."""
+    if "model_index.json" not in source.paths:
+        singles = sorted(p for p in source.paths if "/" not in p and p.endswith((".safetensors", ".ckpt")))
+        if singles and "config.json" not in source.paths:
+            raise StageError(
+                f"{source}: expected a directory with model_index.json, got a single-file checkpoint; "
+                f'convert it once with diffusers: StableDiffusionPipeline.from_single_file("{singles[0]}")'
+                '.save_pretrained("DIRECTORY"), and use DIRECTORY'
+            )
+        raise StageError(f"{source}: expected a diffusers directory, but there is no model_index.json")
+    return read_config(source.fetch(["model_index.json"]) / "model_index.json")
+
+
+def pipeline_problems(index: Mapping[str, Any]) -> list[str]:
+    """What in a ``model_index.json`` tells of another kind of model than Stable Diffusion 1.x or 2.x."""
+    components = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}
+    known = (*COMPONENTS, *DROPPED_COMPONENTS)
+    extra = [f"{name} ({value})" for name, value in components.items() if value and name not in known]
+    problems = []
+    if extra:
+        kind = index.get("_class_name", "the pipeline")
+        problems.append(f"model_index.json: {kind} has {', '.join(sorted(extra))}, not supported yet")
+    for component, classes in SUPPORTED_CLASSES.items():
+        if (got := components.get(component)) not in classes:
+            problems.append(
+                f"model_index.json: expected {component} {classes[0]}, got {got}, not supported yet"
+            )
+    library, scheduler = (index.get("scheduler") or [None, None])[:2]
+    if library != "diffusers" or not re.fullmatch(r"(?!Flax)\w+Scheduler", str(scheduler)):
+        problems.append(f"model_index.json: expected a scheduler of diffusers, got {scheduler} of {library}")
+    return problems

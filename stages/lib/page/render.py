@@ -1,0 +1,331 @@
+"""One self-contained HTML page about one run or several: no network, no build step, pictures inside.
+
+The Content-Security-Policy in the page forbids every request and every script but its own, so neither
+a caption nor a prompt can bring one in.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from stages.lib.page.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Chart,
+    Whisker,
+    curve_order,
+    draw_chart,
+    interval,
+    number,
+    signed,
+    whiskers,
+)
+from stages.lib.page.run_outputs import (
+    Cell,
+    Estimate,
+    Figure,
+    Metric,
+    Picture,
+    Run,
+)
+
+FILES = Path(__file__).parent / "templates"
+PLOT = {"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM, "width": WIDTH, "height": HEIGHT}
+NUM_COLORS = 8
+NUM_REASONS = 20
+MISSING = object()
+ENLARGED_BELOW = 128  # pixels; smaller pictures are enlarged without smoothing
+
+
+class Source(NamedTuple):
+    """Pictures of one UNet, under the label and colour that the page gives it."""
+
+    label: str
+    color: str
+    pictures: dict[Cell, Picture]
+
+
+class Change(NamedTuple):
+    """A difference, and what it says: ``better``, ``worse``, ``unsettled``, or nothing."""
+
+    estimate: Estimate
+    verdict: str
+
+
+class Estimated(NamedTuple):
+    """One line of a metric: whose it is, its value, and its changes, None where there is nothing to compare.
+
+    Attributes:
+        changes: from the base, and from the first run's, each with its verdict.
+    """
+
+    label: str
+    color: str
+    estimate: Estimate
+    changes: tuple[Change | None, Change | None]
+
+
+class Compared(NamedTuple):
+    """A metric over all runs."""
+
+    label: str
+    better: str
+    note: str
+    lines: list[Estimated]
+    whiskers: list[Whisker | None]
+
+
+class Parameter(NamedTuple):
+    """A key of params.yaml, its value in each run, and whether the runs differ in it."""
+
+    key: str
+    values: list[str]
+    differs: bool
+
+
+def render_page(
+    runs: Sequence[Run], changes_from_first: Mapping[tuple[str, int], Estimate] | None = None
+) -> str:
+    """The page, the same text for the same runs.
+
+    Args:
+        runs: one or several, in the order shown.
+        changes_from_first: (name of a metric, index of a run) -> its change from the first run's.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FILES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "signed": signed, "interval": interval}
+    script = (FILES / "page.js").read_text(encoding="utf-8")
+    sources, charts = picture_sources(runs), draw_charts(runs)
+    return environment.get_template("page.html.jinja").render(
+        runs=runs,
+        colors=[color(index) for index in range(len(runs))],
+        several=len(runs) > 1,
+        sources=sources,
+        headline=headlines(runs),
+        metrics=compare_metrics(runs, changes_from_first or {}),
+        are_paired=bool(changes_from_first),
+        charts=charts,
+        plot=PLOT,
+        figures=group_figures(runs),
+        params=compare_params(runs),
+        num_reasons=NUM_REASONS,
+        data=page_data(runs, sources, charts),
+        style=(FILES / "page.css").read_text(encoding="utf-8"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def color(index: int) -> str:
+    """CSS class of a run's colour."""
+    return f"run-{index % NUM_COLORS}"
+
+
+def run_label(run: Run, runs: Sequence[Run]) -> str:
+    return run.name if len(runs) > 1 else "fine-tuned"
+
+
+def picture_sources(runs: Sequence[Run]) -> list[Source]:
+    """Bases first; runs whose bases drew the same pictures share one."""
+    bases: list[tuple[list[str], dict[Cell, Picture]]] = []
+    for run in runs:
+        for names, pictures in bases:
+            shared = run.base.keys() & pictures.keys()
+            if shared and all(run.base[cell] == pictures[cell] for cell in shared):
+                names.append(run.name)
+                pictures |= run.base
+                break
+        else:
+            bases.append(([run.name], dict(run.base)))
+    return [
+        *(Source(shared_label("base", names, len(bases)), "base", pictures) for names, pictures in bases),
+        *(Source(run_label(run, runs), color(index), run.tuned) for index, run in enumerate(runs)),
+    ]
+
+
+def shared_label(label: str, names: Sequence[str], num_groups: int) -> str:
+    return label if num_groups == 1 else f"{label} of {', '.join(names)}"
+
+
+def headlines(runs: Sequence[Run]) -> list[Metric | None]:
+    """Held-out loss of each run."""
+    return [next((each for each in run.metrics if each.name == "validation_loss"), None) for run in runs]
+
+
+def compare_metrics(
+    runs: Sequence[Run], changes_from_first: Mapping[tuple[str, int], Estimate]
+) -> list[Compared]:
+    """Metrics in the order of the first run that has them."""
+    labels = {metric.name: metric for run in reversed(runs) for metric in run.metrics}
+    order = dict.fromkeys(metric.name for run in runs for metric in run.metrics)
+    return [_compare_metric(labels[name], name, runs, changes_from_first) for name in order]
+
+
+def _compare_metric(
+    metric: Metric, name: str, runs: Sequence[Run], changes_from_first: Mapping[tuple[str, int], Estimate]
+) -> Compared:
+    found = [(index, each) for index, run in enumerate(runs) for each in run.metrics if each.name == name]
+    bases = _share_lines("base", "base", [(runs[index].name, each.base) for index, each in found])
+    tuned = [
+        Estimated(
+            run_label(runs[index], runs),
+            color(index),
+            each.tuned,
+            (
+                _change(each.difference, each.better),
+                _change(changes_from_first.get((name, index)), each.better),
+            ),
+        )
+        for index, each in found
+    ]
+    known = [(runs[index].name, each.real) for index, each in found if each.real.value is not None]
+    lines = [*bases, *tuned, *_share_lines("held-out images", "real", known)]
+    return Compared(
+        metric.label, metric.better, metric.note, lines, whiskers([line.estimate for line in lines])
+    )
+
+
+def _share_lines(label: str, css: str, estimates: Iterable[tuple[str, Estimate]]) -> list[Estimated]:
+    """A line for each distinct estimate, with the names of the runs that share it where there are several."""
+    groups: dict[Estimate, list[str]] = {}
+    for name, estimate in estimates:
+        groups.setdefault(estimate, []).append(name)
+    return [
+        Estimated(shared_label(label, names, len(groups)), css, estimate, (None, None))
+        for estimate, names in groups.items()
+    ]
+
+
+def _change(estimate: Estimate | None, better: str) -> Change | None:
+    if estimate is None or estimate.value is None:
+        return None
+    return Change(estimate, verdict(estimate, better))
+
+
+def verdict(difference: Estimate, better: str) -> str:
+    """``better``, ``worse``, ``unsettled`` where the interval of the difference holds 0, or nothing."""
+    low, high = difference.low, difference.high
+    if low is None or high is None:
+        return ""
+    if low <= 0.0 <= high:
+        return "unsettled"
+    return "better" if (low > 0.0) == (better == "higher") else "worse"
+
+
+def draw_charts(runs: Sequence[Run]) -> list[Chart]:
+    """A chart for each logged quantity that has points, the runs' curves in one."""
+    names = {curve.name for run in runs for curve in run.curves if curve.steps}
+    charts = []
+    for name in sorted(names, key=curve_order):
+        curves = [
+            (run_label(run, runs), color(index), curve)
+            for index, run in enumerate(runs)
+            for curve in run.curves
+            if curve.name == name and curve.steps
+        ]
+        bases = {metric.base.value for run in runs for metric in run.metrics if metric.name == name}
+        charts.append(draw_chart(name, curves, bases.pop() if len(bases) == 1 else None))
+    return charts
+
+
+def group_figures(runs: Sequence[Run]) -> list[tuple[Figure, list[str]]]:
+    """Each distinct figure once, with the names of the runs that share it."""
+    groups: dict[Figure, list[str]] = {}
+    for run in runs:
+        for figure in run.figures:
+            groups.setdefault(figure, []).append(run.name)
+    titles = list(dict.fromkeys(figure.title for figure in groups))
+    return sorted(groups.items(), key=lambda group: titles.index(group[0].title))
+
+
+def compare_params(runs: Sequence[Run]) -> dict[str, list[Parameter]]:
+    """Section -> its parameters, in the order of params.yaml."""
+    return {
+        section: [
+            _compare_param(key, [run.params.get(section, {}).get(key, MISSING) for run in runs])
+            for key in _union(run.params.get(section, {}) for run in runs)
+        ]
+        for section in _union(run.params for run in runs)
+    }
+
+
+def _compare_param(key: str, values: list[Any]) -> Parameter:
+    texts = {param_text(False if value == "no" else value) for value in values}  # one to the stages
+    return Parameter(key, [param_text(value) for value in values], len(texts) > 1)
+
+
+def param_text(value: Any) -> str:
+    """A parameter as YAML writes it."""
+    if value is MISSING:
+        return "absent"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    if isinstance(value, list):
+        return ", ".join(map(param_text, value))
+    return str(value)
+
+
+def page_data(runs: Sequence[Run], sources: Sequence[Source], charts: Sequence[Chart]) -> dict[str, Any]:
+    """What the script needs, as JSON: each distinct picture once, where it is shown, the curves."""
+    prompts = _union(run.prompts for run in runs)
+    seeds = _union(run.seeds for run in runs)
+    settings = {name: text for run in reversed(runs) for name, text in run.settings.items()}
+    names = _union(run.settings for run in runs)
+    examples = {prompt: sample for run in reversed(runs) for prompt, sample in run.examples.items()}
+    return {
+        "prompts": [{"text": prompt, "example": examples.get(prompt)} for prompt in prompts],
+        "seeds": seeds,
+        "settings": [settings[name] for name in names],
+        "pictures": {
+            picture.name: {"uri": picture.data_uri, "small": picture.width <= ENLARGED_BELOW}
+            for source in sources
+            for picture in source.pictures.values()
+        },
+        "sources": [
+            {
+                "label": source.label,
+                "color": source.color,
+                "cells": {
+                    f"{names.index(cell.setting)}/{prompts.index(cell.prompt)}/{seeds.index(cell.seed)}": (
+                        picture.name
+                    )
+                    for cell, picture in source.pictures.items()
+                },
+            }
+            for source in sources
+        ],
+        "right": len(sources) - len(runs),
+        "plot": PLOT,
+        "charts": [
+            {
+                "steps": chart.steps,
+                "values": chart.values,
+                "lines": [{"steps": line.curve.steps, "values": line.curve.values} for line in chart.lines],
+            }
+            for chart in charts
+        ],
+    }
+
+
+def _union(lists: Iterable[Iterable[Any]]) -> list[Any]:
+    return list(dict.fromkeys(item for items in lists for item in items))

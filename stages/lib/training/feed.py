@@ -1,0 +1,93 @@
+"""What each training step takes; a thread makes it ready while a GPU computes the step before."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from stages.lib.core.devices import to_device
+from stages.lib.encoding.conditioning import Conditioning
+from stages.lib.encoding.latents import Latents
+from stages.lib.training.batches import Batch
+
+NUM_AHEAD = 2  # steps whose data wait in memory
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one forward pass takes, on its device.
+
+    Attributes:
+        batch: the samples and draws, on the CPU.
+        mean, logvar: (B, 4, h, w) float16, unscaled.
+        posterior_noise, noise, input_noise: (B, 4, h, w) float32; see `Batch`.
+        timesteps: (B,) int64.
+        encoder_hidden_states: (B, num_chunks * 77, D) float32.
+    """
+
+    batch: Batch
+    mean: torch.Tensor
+    logvar: torch.Tensor
+    posterior_noise: torch.Tensor
+    noise: torch.Tensor
+    input_noise: torch.Tensor
+    timesteps: torch.Tensor
+    encoder_hidden_states: torch.Tensor
+
+
+def load_part(batch: Batch, latents: Latents, conditioning: Conditioning, device: torch.device) -> Part:
+    """Bring what ``batch`` names to ``device``."""
+    mean, logvar = latents.moments(batch.latent_rows, batch.views, device)
+    return Part(
+        batch=batch,
+        mean=mean,
+        logvar=logvar,
+        posterior_noise=to_device(batch.posterior_noise, device),
+        noise=to_device(batch.noise, device),
+        input_noise=to_device(batch.input_noise, device),
+        timesteps=to_device(batch.timesteps, device),
+        encoder_hidden_states=conditioning.states(batch.caption_rows, device),
+    )
+
+
+class Feed:
+    """Iterates over (global_step, its parts); `wait_seconds` is how long training stood still for them.
+
+    Args:
+        parts_of: makes the parts of a step; called in the order of the steps.
+        steps: to run.
+        device: that trains. A CPU makes its own parts: a second thread would only take its cores.
+    """
+
+    def __init__(self, parts_of: Callable[[int], list[Part]], steps: range, device: torch.device) -> None:
+        self.wait_seconds = 0.0
+        self._parts_of = parts_of
+        self._steps = steps
+        self._iterate = self._in_turn if device.type == "cpu" else self._ahead
+
+    def __iter__(self) -> Iterator[tuple[int, list[Part]]]:
+        return self._iterate()
+
+    def _in_turn(self) -> Iterator[tuple[int, list[Part]]]:
+        for global_step in self._steps:
+            started = time.monotonic()
+            parts = self._parts_of(global_step)
+            self.wait_seconds += time.monotonic() - started
+            yield global_step, parts
+
+    def _ahead(self) -> Iterator[tuple[int, list[Part]]]:
+        ahead: deque[Future[list[Part]]] = deque()
+        upcoming = iter(self._steps)
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            for global_step in self._steps:
+                while len(ahead) <= NUM_AHEAD and (step := next(upcoming, None)) is not None:
+                    ahead.append(thread.submit(self._parts_of, step))
+                started = time.monotonic()
+                parts = ahead.popleft().result()
+                self.wait_seconds += time.monotonic() - started
+                yield global_step, parts

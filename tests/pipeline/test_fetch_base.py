@@ -1,0 +1,734 @@
+"""fetch_base: what it takes, what it refuses and how it says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import httpx2
+import huggingface_hub
+import pytest
+import safetensors.torch
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from stages import fetch_base
+from stages.lib.evaluation.clip_features import load_clip
+from stages.lib.frame.errors import StageError
+from stages.lib.frame.params import Params, read_params
+from stages.lib.models import layout as base_model
+from stages.lib.models.weights import component_fingerprint
+from tests.checkpoints import edit_json, reshard, sd15_like, sd21_like, tiny_pipeline
+from tests.clips import bundled_clip
+from tests.conftest import REPOSITORY
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+BASE = Path("data/base")
+UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny pipeline outside the working directory, which is an empty one."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tiny_pipeline(tmp_path / "source")
+
+
+def params_with(**changes: Any) -> Params:
+    params = read_params(REPOSITORY / "params.yaml")
+    return dataclasses.replace(params, fetch_base=dataclasses.replace(params.fetch_base, **changes))
+
+
+def fetch(source: Path, **changes: Any) -> None:
+    fetch_base.main(params_with(source="directory", directory=str(source), **changes))
+
+
+def refusal(source: Path, **changes: Any) -> str:
+    with pytest.raises(StageError) as caught:
+        fetch(source, **changes)
+    assert not BASE.exists() and not BASE.with_name("base.partial").exists()
+    return str(caught.value)
+
+
+def content(directory: Path) -> dict[str, str]:
+    return {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_parameters())
+
+
+def assert_same_weights(module: torch.nn.Module, other: torch.nn.Module) -> None:
+    expected = tensors_of(other)
+    assert tensors_of(module).keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in module.named_parameters())
+
+
+# --- what is written
+
+
+def test_writes_the_five_components_and_an_index_only(source: Path) -> None:
+    for dropped in (
+        "safety_checker/model.safetensors",
+        "feature_extractor/preprocessor_config.json",
+        "x.ckpt",
+    ):
+        (source / dropped).parent.mkdir(exist_ok=True)
+        (source / dropped).write_text("{}")
+    for junk in ("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.safetensors"):
+        (source / junk).write_bytes(b"junk")
+    fetch(source)
+    assert sorted(content(BASE)) == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/merges.txt",
+        "tokenizer/special_tokens_map.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    assert not BASE.with_name("base.partial").exists()
+
+
+def test_the_same_source_gives_the_same_bytes_and_nothing_stays(source: Path) -> None:
+    fetch(source)
+    first = content(BASE)
+    (BASE / "unet" / "stale.safetensors").write_bytes(b"old")
+    (BASE.with_name("base.partial") / "unet").mkdir(parents=True)
+    (BASE.with_name("base.partial") / "unet" / "killed.safetensors").write_bytes(b"old")
+    fetch(source)
+    assert content(BASE) == first
+
+
+def test_links_are_resolved_and_never_made(source: Path, tmp_path: Path) -> None:
+    (source / "unet").rename(tmp_path / "elsewhere")
+    (source / "unet").symlink_to(tmp_path / "elsewhere")
+    (source / "vae/config.json").rename(tmp_path / "vae.json")
+    (source / "vae/config.json").symlink_to(tmp_path / "vae.json")
+    fetch(source)
+    copies = [path for path in BASE.rglob("*") if path.is_file()]
+    assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in copies)
+    assert len(copies) == 12 and not (BASE / "unet").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("build", "pad_id", "hidden_act", "scheduler", "prediction_type"),
+    [
+        (sd15_like, 49407, "quick_gelu", "PNDMScheduler", "epsilon"),
+        (sd21_like, 0, "gelu", "DDIMScheduler", "v_prediction"),
+    ],
+)
+def test_true_configs_load_as_a_stock_pipeline(
+    build: Callable[[Path], Path],
+    pad_id: int,
+    hidden_act: str,
+    scheduler: str,
+    prediction_type: str,
+    source: Path,
+    tmp_path: Path,
+) -> None:
+    published = build(tmp_path / "published")
+    fetch(published)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(BASE, local_files_only=True)
+    assert pipeline.safety_checker is None and pipeline.feature_extractor is None
+    assert pipeline.tokenizer.pad_token_id == pad_id == base_model.load_tokenizer(BASE).pad_token_id
+    assert pipeline.text_encoder.config.hidden_act == hidden_act
+    assert type(pipeline.scheduler).__name__ == scheduler
+    assert pipeline.scheduler.config.prediction_type == prediction_type
+    assert pipeline.vae.config.scaling_factor == 0.18215
+    assert_same_weights(base_model.load_text_encoder(BASE), pipeline.text_encoder)
+    assert_same_weights(base_model.load_vae(BASE), pipeline.vae)
+    assert_same_weights(base_model.load_unet(BASE), pipeline.unet)
+
+    # Against the published tensors themselves, by their published names.
+    text = safetensors.torch.load_file(published / "text_encoder/model.safetensors")
+    name = "encoder.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(tensors_of(pipeline.text_encoder)[name], text[f"text_model.{name}"])
+    vae = safetensors.torch.load_file(published / "vae/diffusion_pytorch_model.safetensors")
+    attention = pipeline.vae.encoder.mid_block.attentions[0]
+    assert torch.equal(attention.to_out[0].weight, vae["encoder.mid_block.attentions.0.proj_attn.weight"])
+    unet = safetensors.torch.load_file(published / UNET_WEIGHTS)
+    assert unet.keys() == tensors_of(pipeline.unet).keys()
+    assert all(torch.equal(tensor, unet[name]) for name, tensor in pipeline.unet.named_parameters())
+
+
+def test_loaders_give_float32_in_eval_mode_whatever_the_file_holds(source: Path) -> None:
+    for file in source.glob("*/*.safetensors"):
+        halves = {name: tensor.half() for name, tensor in safetensors.torch.load_file(file).items()}
+        safetensors.torch.save_file(halves, file, {"format": "pt"})
+    edit_json(source / "text_encoder/config.json", torch_dtype="float16")
+    fetch(source)
+    for load in (base_model.load_text_encoder, base_model.load_vae, base_model.load_unet):
+        model = load(BASE)
+        assert not model.training
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_load_scheduler_keeps_the_base_schedule(source: Path, tmp_path: Path) -> None:
+    fetch(sd21_like(tmp_path / "published"))
+    scheduler = base_model.load_scheduler(BASE)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    assert torch.allclose(scheduler.alphas_cumprod.double(), torch.cumprod(1 - betas, 0), atol=1e-6)
+    assert scheduler.config.prediction_type == "v_prediction"
+
+
+def test_training_loads_neither_text_encoder_nor_vae(source: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from stages.lib.models import layout as base_model
+heavy = {{"torch", "diffusers", "transformers", "PIL"}} & set(sys.modules)
+assert not heavy, f"importing base_model loads {{heavy}}"
+base_model.load_unet(Path({str(source)!r}))
+base_model.load_scheduler(Path({str(source)!r}))
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert "diffusers.models.unets.unet_2d_condition" in loaded
+    assert "transformers.models.clip.modeling_clip" not in loaded
+    assert "diffusers.models.autoencoders.autoencoder_kl" not in loaded
+    # diffusers.utils imports PIL.Image; no image codec comes with it.
+    assert not {name for name in loaded if name.startswith("PIL.") and name.endswith("ImagePlugin")}
+
+
+# --- weights in other shapes
+
+
+def test_fp16_weights_are_taken_when_there_are_no_others(
+    source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = (source / UNET_WEIGHTS).read_bytes()
+    (source / UNET_WEIGHTS).rename(source / "unet/diffusion_pytorch_model.fp16.safetensors")
+    with caplog.at_level(logging.WARNING):
+        fetch(source)
+    assert (BASE / UNET_WEIGHTS).read_bytes() == original
+    assert "unet/ has fp16 weights only" in caplog.text
+
+
+def test_plain_weights_are_preferred(source: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (source / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not these")
+    with caplog.at_level(logging.WARNING):
+        fetch(source)
+    assert (BASE / UNET_WEIGHTS).read_bytes() == (source / UNET_WEIGHTS).read_bytes()
+    assert caplog.text == ""
+
+
+def test_sharded_weights_load(source: Path, tmp_path: Path) -> None:
+    expected = base_model.load_unet(source)
+    reshard(source / "unet", 3)
+    fetch(source)
+    assert len(list((BASE / "unet").glob("*.safetensors"))) == 3
+    assert_same_weights(base_model.load_unet(BASE), expected)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(BASE, local_files_only=True)
+    assert_same_weights(pipeline.unet, expected)
+
+
+@pytest.mark.parametrize("infix_first", [True, False])
+def test_sharded_fp16_weights_get_plain_names(source: Path, infix_first: bool) -> None:
+    expected = base_model.load_text_encoder(source)
+    component = source / "text_encoder"
+    reshard(component)
+    renamed = {}
+    for shard in component.glob("*.safetensors"):
+        number = shard.stem.removeprefix("model")
+        renamed[shard.name] = (
+            f"model.fp16{number}.safetensors" if infix_first else f"model{number}.fp16.safetensors"
+        )
+        shard.rename(component / renamed[shard.name])
+    index = json.loads((component / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {tensor: renamed[shard] for tensor, shard in index["weight_map"].items()}
+    (component / "model.safetensors.index.json").unlink()
+    (component / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    fetch(source)
+    assert not list(BASE.glob("*/*fp16*"))
+    assert_same_weights(base_model.load_text_encoder(BASE), expected)
+
+
+def test_a_missing_shard_is_named(source: Path) -> None:
+    reshard(source / "unet")
+    (source / "unet/diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    assert "diffusion_pytorch_model-00002-of-00002.safetensors is missing" in refusal(source)
+
+
+def test_a_shard_of_another_checkpoint_is_found(source: Path) -> None:
+    reshard(source / "unet")
+    first = source / "unet/diffusion_pytorch_model-00001-of-00002.safetensors"
+    first.write_bytes(first.with_name(first.name.replace("00001-", "00002-")).read_bytes())
+    assert f"{first.name} lacks" in refusal(source)
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [(-1, "cut short"), (100, "cut short"), (0, "cut short")],
+)
+def test_a_truncated_file_is_named(source: Path, keep: int, expected: str) -> None:
+    whole = (source / UNET_WEIGHTS).read_bytes()
+    (source / UNET_WEIGHTS).write_bytes(whole[:keep])
+    message = refusal(source)
+    assert str(source / UNET_WEIGHTS) in message and expected in message
+
+
+def test_a_git_lfs_pointer_is_recognised(source: Path) -> None:
+    (source / UNET_WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
+    assert "git lfs pull" in refusal(source)
+
+
+def test_pickled_weights_are_refused_all_at_once(source: Path) -> None:
+    (source / UNET_WEIGHTS).rename(source / "unet/diffusion_pytorch_model.bin")
+    (source / "text_encoder/model.safetensors").rename(source / "text_encoder/pytorch_model.bin")
+    message = refusal(source)
+    assert "2 problem(s)" in message and "save_pretrained" in message
+    assert "unet/diffusion_pytorch_model.bin" in message and "text_encoder/pytorch_model.bin" in message
+
+
+def test_only_non_ema_weights_are_refused(source: Path) -> None:
+    (source / UNET_WEIGHTS).rename(source / "unet/diffusion_pytorch_model.non_ema.safetensors")
+    assert "got only unet/diffusion_pytorch_model.non_ema.safetensors" in refusal(source)
+
+
+@pytest.mark.parametrize("name", ["v1-5-pruned.safetensors", "v1-5-pruned.ckpt"])
+def test_a_single_file_checkpoint_is_refused_with_the_remedy(source: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "single").mkdir()
+    (tmp_path / "single" / name).write_bytes(b"weights")
+    assert f'from_single_file("{name}").save_pretrained' in refusal(tmp_path / "single")
+
+
+def test_missing_and_own_directories_are_refused(source: Path) -> None:
+    assert "not found" in refusal(source / "nothing")
+    assert "no model_index.json" in refusal(source / "unet")
+    tiny_pipeline(BASE)
+    with pytest.raises(StageError, match="DVC removes"):
+        fetch(BASE)
+    assert (BASE / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}, "text_encoder_2 (CLIPText"),
+        ({"unet": None, "transformer": ["diffusers", "FluxTransformer2DModel"]}, "transformer (FluxTransf"),
+        ({"vae": ["diffusers", "AutoencoderTiny"]}, "expected vae AutoencoderKL, got AutoencoderTiny"),
+        ({"scheduler": ["diffusers", "FlaxDDIMScheduler"]}, "got FlaxDDIMScheduler"),
+    ],
+)
+def test_other_kinds_of_model_are_refused(source: Path, changes: dict[str, Any], expected: str) -> None:
+    edit_json(source / "model_index.json", **changes)
+    message = refusal(source)
+    assert expected in message and "model_index.json" in message
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "expected"),
+    [
+        ("unet/config.json", {"in_channels": 9}, "got 9, a UNet for inpainting"),
+        ("unet/config.json", {"in_channels": 8}, "got 8, a UNet for image editing"),
+        ("unet/config.json", {"out_channels": 8}, "expected out_channels 4"),
+        ("unet/config.json", {"cross_attention_dim": 48}, "cross_attention_dim 32, the text encoder's"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "'text_time'"),
+        ("unet/config.json", {"_class_name": "UNet3DConditionModel"}, "got UNet3DConditionModel"),
+        ("text_encoder/config.json", {"architectures": ["T5EncoderModel"]}, "T5EncoderModel"),
+        ("text_encoder/config.json", {"vocab_size": 100}, "token ids below 100"),
+        ("text_encoder/config.json", {"max_position_embeddings": 20}, "got 77"),
+        ("scheduler/scheduler_config.json", {"beta_start": None}, "without beta_start"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "cosine"}, "got cosine"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "got flow"),
+    ],
+)
+def test_inconsistent_components_are_refused(
+    source: Path, file: str, changes: dict[str, Any], expected: str
+) -> None:
+    edit_json(source / file, **changes)
+    assert expected in refusal(source)
+
+
+def test_all_inconsistencies_are_listed_at_once(source: Path) -> None:
+    edit_json(source / "unet/config.json", in_channels=9, cross_attention_dim=48)
+    edit_json(source / "scheduler/scheduler_config.json", beta_end=None)
+    message = refusal(source)
+    assert "3 problem(s)" in message
+    assert "inpainting" in message and "cross_attention_dim 32" in message and "beta_end" in message
+
+
+def test_a_damaged_config_is_named(source: Path) -> None:
+    (source / "unet/config.json").write_text('{"in_channels": 4')
+    assert "unet/config.json: not valid JSON" in refusal(source)
+
+
+def test_weights_that_lack_a_tensor_are_never_left_random(source: Path) -> None:
+    for component, load in (
+        ("unet", base_model.load_unet),
+        ("vae", base_model.load_vae),
+        ("text_encoder", base_model.load_text_encoder),
+    ):
+        (file,) = (source / component).glob("*.safetensors")
+        tensors = safetensors.torch.load_file(file)
+        lost = sorted(tensors)[0]
+        safetensors.torch.save_file({n: t for n, t in tensors.items() if n != lost}, file, {"format": "pt"})
+        with pytest.raises(StageError, match=f"{component}: the weights lack 1 .*{lost}"):
+            load(source)
+
+
+def test_loading_what_is_not_there_names_the_stage(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="dvc repro fetch_base"):
+        base_model.load_unet(tmp_path)
+
+
+# --- a CLIP to measure with
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return bundled_clip(tmp_path / "other" / "clip")
+
+
+CLIP_FILES = {
+    "clip/config.json",
+    "clip/model.safetensors",
+    "clip/preprocessor_config.json",
+    "clip/tokenizer.json",
+    "clip/tokenizer_config.json",
+}
+
+
+def test_the_clip_of_the_base_is_taken_and_changes_nothing_else(source: Path) -> None:
+    fetch(source)
+    without = content(BASE)
+    fingerprints = {name: component_fingerprint(BASE / name) for name in ("unet", "vae", "text_encoder")}
+    bundled_clip(source / "clip")
+    (source / "clip/pytorch_model.bin").write_bytes(b"pickle")
+    (source / "clip/notes.md").write_text("no part of it")
+    fetch(source)
+    assert set(content(BASE)) - set(without) == CLIP_FILES
+    assert {name: digest for name, digest in content(BASE).items() if name in without} == without
+    assert fingerprints == {name: component_fingerprint(BASE / name) for name in fingerprints}
+    assert load_clip(BASE / "clip").model.config.projection_dim == 128
+
+
+@pytest.mark.parametrize("folder", ["clip", "."])
+def test_a_clip_of_another_directory(source: Path, clip: Path, folder: str) -> None:
+    (clip.parent / "model_index.json").write_text("{}")
+    fetch(source, clip_source="directory", clip_directory=str(clip.parent / folder))
+    assert content(BASE / "clip") == content(clip)
+
+
+def test_a_clip_from_the_hub_is_fetched_at_its_commit(
+    source: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Hub:
+        def list_repo_files(self, hub_id: str, revision: str) -> list[str]:
+            return [*(path.name for path in clip.iterdir()), "pytorch_model.bin", "README.md"]
+
+    def snapshot_download(hub_id: str, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((hub_id, revision, allow_patterns))
+        return str(clip)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    fetch(source, clip_source="hub", clip_hub_id="some/clip", clip_revision=COMMIT)
+    assert content(BASE / "clip") == content(clip)
+    assert {request[:2] for request in asked} == {("some/clip", COMMIT)}
+    assert {name for request in asked for name in request[2]} == {file.name for file in clip.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda clip: (clip / "preprocessor_config.json").unlink(), "preprocessor_config.json is missing"),
+        (lambda clip: (clip / "config.json").unlink(), "config.json is missing"),
+        (lambda clip: (clip / "tokenizer.json").unlink(), "lacks vocab.json and merges.txt, or tokenizer"),
+        (
+            lambda clip: (clip / "model.safetensors").rename(clip / "pytorch_model.bin"),
+            "pickled weights can run code",
+        ),
+        (lambda clip: edit_json(clip / "config.json", model_type="siglip"), "expected model_type 'clip'"),
+        (lambda clip: (clip / "model.safetensors").write_bytes(b"cut"), "not a whole safetensors file"),
+    ],
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_clip_that_cannot_be_used_is_refused(
+    source: Path, clip: Path, spoil: Callable[[Path], object], expected: str, own: bool
+) -> None:
+    changes = {} if own else {"clip_source": "directory", "clip_directory": str(clip)}
+    if own:
+        clip = clip.rename(source / "clip")
+    spoil(clip)
+    assert expected in refusal(source, **changes)
+
+
+# --- another VAE
+
+
+@pytest.mark.parametrize("folder", ["vae", "."])
+def test_a_vae_of_another_directory(
+    source: Path, tmp_path: Path, folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tiny_pipeline(tmp_path / "other", seed=1)
+    edit_json(other / "vae/config.json", scaling_factor=0.25)
+    with caplog.at_level(logging.INFO):
+        fetch(source, vae_source="directory", vae_directory=str(other / folder))
+    assert content(BASE / "vae") == content(other / "vae")
+    assert content(BASE / "unet") == content(source / "unet")
+    assert content(BASE / "vae") != content(source / "vae")
+    assert "scaling_factor 0.25 is used; the base's own VAE has 0.5" in caplog.text
+
+
+def test_an_equal_scaling_factor_is_not_worth_a_line(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tiny_pipeline(tmp_path / "other", seed=1)
+    fetch(source, vae_source="directory", vae_directory=str(other))
+    assert "scaling_factor" not in caplog.text
+
+
+def test_a_vae_that_does_not_fit_is_refused(source: Path, tmp_path: Path) -> None:
+    other = tiny_pipeline(tmp_path / "other", seed=1)
+    override = {"vae_source": "directory", "vae_directory": str(other / "vae")}
+    edit_json(other / "vae/config.json", latent_channels=16)
+    assert "expected in_channels 16" in refusal(source, **override)
+    edit_json(other / "vae/config.json", latent_channels=4, _class_name="AutoencoderTiny")
+    assert "expected class AutoencoderKL, got AutoencoderTiny" in refusal(source, **override)
+    (other / "vae/config.json").unlink()
+    assert "config.json is missing" in refusal(source, **override)
+
+
+# --- the Hub
+
+
+def request_error(kind: Any, message: str) -> Exception:
+    response = httpx2.Response(404, request=httpx2.Request("GET", "https://hub.invalid"))
+    return kind(message, response=response)
+
+
+def fill_cache(cache: Path, hub_id: str, origin: Path, patterns: list[str]) -> Path:
+    """Lay ``origin`` out as the Hub cache does: blobs, and a snapshot of links to them."""
+    repository = cache / f"models--{hub_id.replace('/', '--')}"
+    snapshot = repository / "snapshots" / COMMIT
+    (repository / "blobs").mkdir(parents=True, exist_ok=True)
+    snapshot.mkdir(parents=True, exist_ok=True)
+    for file in sorted(path for path in origin.rglob("*") if path.is_file()):
+        name = file.relative_to(origin).as_posix()
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            blob = repository / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+            blob.write_bytes(file.read_bytes())
+            (snapshot / name).parent.mkdir(exist_ok=True)
+            (snapshot / name).unlink(missing_ok=True)
+            (snapshot / name).symlink_to(blob)
+    return snapshot
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def fetch_from_hub(**changes: Any) -> None:
+    fetch_base.main(params_with(source="hub", hub_id="owner/model", revision=COMMIT, **changes))
+
+
+def hub_answers(monkeypatch: pytest.MonkeyPatch, answer: Callable[[], list[str]]) -> None:
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda api, hub_id, *, revision: answer())
+
+
+def test_the_hub_cache_alone_is_enough(source: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fill_cache(cache, "owner/model", source, ["*"])
+    fetch_from_hub()
+    cached = content(BASE)
+    assert "HF_HUB_OFFLINE is set; using the Hub cache" in caplog.text
+    assert not any(path.is_symlink() for path in BASE.rglob("*"))
+    fetch(source)
+    assert content(BASE) == cached
+
+
+def test_online_only_what_is_needed_is_downloaded(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unwanted = {
+        "v1-5-pruned.ckpt",
+        "README.md",
+        "safety_checker/model.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+    }
+    remote = [*content(source), *unwanted]
+    asked: list[set[str]] = []
+
+    def download(hub_id: str, *, revision: str, allow_patterns: list[str]) -> str:
+        assert (hub_id, revision) == ("owner/model", COMMIT)
+        asked.append(set(allow_patterns))
+        return str(fill_cache(cache, hub_id, source, allow_patterns))
+
+    hub_answers(monkeypatch, lambda: remote)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    fetch_from_hub()
+    assert set.union(*asked) == set(content(source))
+    from_hub = content(BASE)
+    fetch(source)
+    assert content(BASE) == from_hub
+
+    # A base that cannot be used fails on its configs, before weights are downloaded.
+    asked.clear()
+    edit_json(source / "unet/config.json", in_channels=9)
+    with pytest.raises(StageError, match="inpainting"):
+        fetch_from_hub()
+    assert asked and not any(path.endswith(".safetensors") for paths in asked for path in paths)
+
+
+def test_an_interrupted_download_says_that_it_continues(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*args: Any, **kwargs: Any) -> str:
+        raise httpx2.ReadTimeout("timed out")
+
+    hub_answers(monkeypatch, lambda: [*content(source)])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(StageError, match=r"download stopped: timed out; .*continues"):
+        fetch_from_hub()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (request_error(RevisionNotFoundError, "404"), "no such revision"),
+        (request_error(GatedRepoError, "403"), "hf auth login"),
+        (request_error(RepositoryNotFoundError, "401"), "does not exist or is private"),
+        (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set"),
+        (httpx2.ConnectError("name resolution failed"), "cannot be reached (name resolution failed)"),
+    ],
+)
+def test_a_hub_that_refuses(
+    source: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    expected: str,
+) -> None:
+    def refuse() -> list[str]:
+        raise error
+
+    hub_answers(monkeypatch, refuse)
+    with pytest.raises(StageError) as caught:
+        fetch_from_hub()
+    message = str(caught.value)
+    assert expected in message and "owner/model" in message and COMMIT in message
+    assert not BASE.exists()
+
+    # From then on the Hub, with its retries and time-outs, is left alone.
+    fill_cache(cache, "owner/model", source, ["*"])
+    asked: list[bool] = []
+    lookup = huggingface_hub.snapshot_download
+
+    def download(*args: Any, local_files_only: bool = False, **kwargs: Any) -> Any:
+        asked.append(not local_files_only)
+        return lookup(*args, local_files_only=local_files_only, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    fetch_from_hub()
+    assert (BASE / UNET_WEIGHTS).exists() and "using the Hub cache" in caplog.text
+    assert asked == [False]
+
+
+def test_a_cache_that_holds_a_part_says_so(source: Path, cache: Path) -> None:
+    fill_cache(cache, "owner/model", source, ["*.json", "*.txt", "vae/*", "text_encoder/*"])
+    with pytest.raises(
+        StageError, match=r"(?s)expected safetensors weights in unet/, got none.*with a network"
+    ):
+        fetch_from_hub()
+
+
+def test_pickled_weights_on_the_hub_are_refused_before_any_download(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = [name.replace("model.safetensors", "model.bin") for name in content(source)]
+    hub_answers(monkeypatch, lambda: remote)
+    snapshot = fill_cache(cache, "owner/model", source, ["model_index.json"])
+    downloads: list[list[str]] = []
+
+    def download(hub_id: str, *, revision: str, allow_patterns: list[str]) -> str:
+        downloads.append(allow_patterns)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(StageError, match=r"got only unet/diffusion_pytorch_model\.bin"):
+        fetch_from_hub()
+    assert downloads == [["model_index.json"]]
+
+
+def test_a_vae_from_the_hub(source: Path, cache: Path, tmp_path: Path) -> None:
+    other = tiny_pipeline(tmp_path / "other", seed=1)
+    fill_cache(cache, "owner/vae", other / "vae", ["*"])
+    fetch(source, vae_source="hub", vae_hub_id="owner/vae", vae_revision=COMMIT)
+    assert content(BASE / "vae") == content(other / "vae")
+    assert content(BASE / "unet") == content(source / "unet")
+
+
+# --- fingerprints
+
+
+def test_the_fingerprint_ignores_file_names_shards_and_bookkeeping(source: Path) -> None:
+    component = source / "unet"
+    before = component_fingerprint(component)
+    reshard(component, 3)
+    assert component_fingerprint(component) == before
+    edit_json(
+        component / "config.json", _name_or_path="/elsewhere", _diffusers_version="9", torch_dtype="float16"
+    )
+    assert component_fingerprint(component) == before
+
+
+def test_the_fingerprint_sees_each_weight_name_and_setting(source: Path) -> None:
+    component = source / "vae"
+    file = source / "vae/diffusion_pytorch_model.safetensors"
+    seen = {component_fingerprint(component)}
+    tensors = safetensors.torch.load_file(file)
+    name = sorted(tensors)[-1]
+    changed = tensors[name].clone()
+    changed.view(torch.int32).view(-1)[-1] ^= 1
+    for variant in (
+        tensors | {name: changed},
+        tensors | {name: tensors[name].reshape(1, *tensors[name].shape)},
+        {f"{key}_" if key == name else key: tensor for key, tensor in tensors.items()},
+        {key: tensor.view(torch.int32) for key, tensor in tensors.items()},
+    ):
+        safetensors.torch.save_file(variant, file, {"format": "pt"})
+        seen.add(component_fingerprint(component))
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    edit_json(component / "config.json", scaling_factor=0.7)
+    seen.add(component_fingerprint(component))
+    edit_json(component / "config.json", _class_name="AsymmetricAutoencoderKL")
+    seen.add(component_fingerprint(component))
+    assert len(seen) == 7

@@ -1,0 +1,91 @@
+"""What a stage loads before it works: after a small change the libraries cost more than the work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages import prepare
+from stages.lib.frame.params import read_params
+from tests.checkpoints import edit_json
+from tests.conftest import REPOSITORY, draw_image
+
+WATCHED = ("torch", "torch._dynamo", "diffusers", "transformers", "peft", "skimage", "scipy", "scipy.stats")
+
+
+def libraries_of(stage: str) -> set[str]:
+    """Those of `WATCHED` that a run of the stage in a process of its own has loaded at its end."""
+    return libraries_after(
+        f"import runpy; runpy.run_module('stages.{stage}', run_name='__main__', alter_sys=True)"
+    )
+
+
+def libraries_after(code: str) -> set[str]:
+    """Those of `WATCHED` that a process has loaded after ``code``, which prints nothing."""
+    code = f"import sys\n{code}\nprint(*(name for name in {WATCHED} if sys.modules.get(name)))"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        ("tokenize_captions", {"transformers"}),
+        ("encode_captions", {"torch"}),
+        ("encode_images", {"torch"}),
+    ],
+)
+def test_a_stage_with_nothing_to_encode_loads_no_model_library(encoded, stage, expected):
+    before = {path: path.read_bytes() for path in Path("data").rglob("*.zarr/zarr.json")}
+    assert libraries_of(stage) == expected
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_one_new_image_loads_diffusers_without_what_it_finds_beside_it(encoded):
+    draw_image(99).save(encoded / "images" / "99.png")
+    (encoded / "images" / "99.txt").write_text("red cat")
+    prepare.main(read_params())
+    loaded = libraries_of("encode_images")
+    assert "diffusers" in loaded
+    assert loaded.isdisjoint({"transformers", "peft", "scipy.stats"})
+
+
+RENDER = """
+import dataclasses
+from pathlib import Path
+from stages.lib.frame.params import read_params
+from stages.lib.evaluation.rendering import Request, Setting, load_renderer, render
+options = dataclasses.replace(read_params().evaluate, batch_size=1)
+base = Path("data/base")
+renderer = load_renderer(base, base / "unet", options, ["red cat"], 64, None, 1)
+list(render(renderer, Setting("base", 3.0, 3), [Request("red cat", 0)], "pictures"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "uses_scipy"),
+    [
+        ({"_class_name": "DDIMScheduler"}, False),
+        ({"_class_name": "LMSDiscreteScheduler"}, True),
+        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, True),
+    ],
+)
+def test_rendering_loads_scipy_for_the_samplers_that_compute_with_it(project, scheduler, uses_scipy):
+    edit_json(Path("data/base/scheduler/scheduler_config.json"), **scheduler)
+    loaded = libraries_after(RENDER)
+    assert {"diffusers", "transformers"} <= loaded and "peft" not in loaded
+    assert ("scipy" in loaded) == uses_scipy
+
+
+def test_a_clip_is_loaded_without_scipy():
+    loaded = libraries_after(
+        "from pathlib import Path; from stages.lib.evaluation.clip_features import load_clip\n"
+        f"load_clip(Path({str(REPOSITORY / 'data/tiny/clip')!r}))"
+    )
+    assert "transformers" in loaded and "scipy" not in loaded
