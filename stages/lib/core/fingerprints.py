@@ -15,7 +15,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PROJECT = "stages"
 CHANGES_NO_BYTE = f"{PROJECT}.lib.frame"
@@ -46,8 +46,8 @@ def code_identity(*roots: Callable[..., object], without: Iterable[Callable[...,
     """Hash of the code that computes what ``roots`` compute, all that they reach by name in this project.
 
     Of a module only what is reached counts, and what runs when it is imported. It is counted by its syntax
-    tree: comments, docstrings, layout and the names of files do not matter, whatever computes does. What
-    lies in ``lib/frame`` changes no byte and is left out. Names that are only made up at run time
+    tree: comments, docstrings, texts of errors, log messages, layout and the names of files do not matter.
+    What lies in ``lib/frame`` changes no byte and is left out. Names that are only made up at run time
     (``getattr(module, name)``) are not followed: code that counts is called by its name.
 
     Args:
@@ -121,16 +121,35 @@ def _module(name: str) -> _Module | None:
         return None
     path = _ROOT.joinpath(*name.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return _Module(_without_docstrings(ast.parse(path.read_bytes())))
+    return _Module(_ComputingCode().visit(ast.parse(path.read_bytes())))
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            match node.body:
-                case [ast.Expr(value=ast.Constant(value=str())), *rest]:
-                    node.body = rest or [ast.Pass()]
-    return tree
+class _ComputingCode(ast.NodeTransformer):
+    """Leaves out what people read and nothing computes with: docstrings, texts of errors, log messages."""
+
+    def visit_Module(self, node: ast.Module) -> ast.AST:  # noqa: N802
+        return self._without_docstring(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:  # noqa: N802
+        return self._without_docstring(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:  # noqa: N802
+        return self._without_docstring(node)
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:  # noqa: N802
+        return ast.Raise()
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:  # noqa: N802
+        match node.value:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="logger"))):
+                return ast.Pass()
+        return self.generic_visit(node)
+
+    def _without_docstring(self, node: Any) -> ast.AST:
+        match node.body:
+            case [ast.Expr(value=ast.Constant(value=str())), *rest]:
+                node.body = rest or [ast.Pass()]
+        return self.generic_visit(node)
 
 
 def _imported(statement: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, _Symbol]]:
@@ -149,12 +168,12 @@ def _imported(statement: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, _Sy
 
 def _symbol_of(root: Callable[..., object]) -> _Symbol:
     """Where a function or class is defined. One outside of the project counts with its whole file."""
-    module = root.__module__
-    if module == "__main__":
-        module = inspect.getmodule(root).__spec__.name  # type: ignore[union-attr]
-    if _module(module) is None or "<locals>" in root.__qualname__:
-        return _Symbol(inspect.getfile(root), "")
-    return _Symbol(module, root.__qualname__.split(".")[0])
+    file = Path(inspect.getfile(root))
+    if file.is_relative_to(_ROOT) and "<locals>" not in root.__qualname__:
+        module = ".".join(file.relative_to(_ROOT).with_suffix("").parts)
+        if _module(module) is not None:
+            return _Symbol(module, root.__qualname__.split(".")[0])
+    return _Symbol(str(file), "")
 
 
 @functools.cache
