@@ -95,6 +95,8 @@ class _Module:
                     self.definitions.setdefault(name, []).append(statement)
                 case ast.If(test=ast.Name(id="TYPE_CHECKING")):
                     self._take(statement.body)
+                case ast.If(test=ast.Compare(left=ast.Name(id="__name__"))):
+                    pass  # the command line of a stage, which is not run by what is imported from it
                 case ast.Assign() | ast.AnnAssign():
                     targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
                     names = [node.id for target in targets for node in ast.walk(target) if _is_stored(node)]
@@ -168,6 +170,7 @@ def _imported(statement: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, _Sy
 
 def _symbol_of(root: Callable[..., object]) -> _Symbol:
     """Where a function or class is defined. One outside of the project counts with its whole file."""
+    root = inspect.unwrap(root)  # what a decorator made of it lies elsewhere
     file = Path(inspect.getfile(root))
     if file.is_relative_to(_ROOT) and "<locals>" not in root.__qualname__:
         module = ".".join(file.relative_to(_ROOT).with_suffix("").parts)
