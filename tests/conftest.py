@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 import yaml
 from accelerate.state import AcceleratorState
@@ -155,6 +156,12 @@ def run_train(**changes: object) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # a process has one; each run is its own process
     with torch.random.fork_rng():
         train.main(dataclasses.replace(params, train=dataclasses.replace(params.train, **changes)))
+
+
+def read_lineage(unet: Path = Path("data/unet")) -> dict[str, str]:
+    """The metadata of the trained weights."""
+    with safetensors.safe_open(unet / "diffusion_pytorch_model.safetensors", framework="pt") as weights:
+        return weights.metadata()
 
 
 def content_fingerprint(directory: Path) -> str:

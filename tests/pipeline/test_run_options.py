@@ -10,14 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from stages import train
 from stages.lib.core.draws import generator
@@ -27,17 +26,25 @@ from stages.lib.diffusion.validation import HeldOutLosses
 from stages.lib.encoding.conditioning import read_conditioning
 from stages.lib.encoding.latents import LATENTS, read_latents
 from stages.lib.frame.errors import StageError
-from stages.lib.frame.params import Params, read_params
+from stages.lib.frame.params import read_params
 from stages.lib.store.stored_rows import StoredRows
 from stages.lib.store.zarr_store import store_bytes
+from stages.lib.training import loop
 from stages.lib.training.batches import draw_batch, training_set
 from stages.lib.training.checkpoints import Checkpoints
 from stages.lib.training.failures import memory_advice
 from stages.lib.training.feed import NUM_AHEAD, Feed
 from stages.lib.training.history import History
-from stages.lib.training.lineage import lineage_of, run_fingerprint
-from stages.lib.training.unet import build_unet, read_lineage
-from tests.conftest import REPOSITORY, content_fingerprint, run_encoders, run_train, write_params
+from stages.lib.training.learner import prepare
+from stages.lib.training.unet import build_unet
+from tests.conftest import (
+    REPOSITORY,
+    content_fingerprint,
+    read_lineage,
+    run_encoders,
+    run_train,
+    write_params,
+)
 
 WEIGHTS = Path("data/unet/diffusion_pytorch_model.safetensors")
 
@@ -86,68 +93,9 @@ def test_data_read_from_disk_gives_the_run_of_data_in_memory(encoded, monkeypatc
 
 def test_more_memory_is_no_other_run(encoded, monkeypatch):
     run_train()
-    monkeypatch.setattr(train, "train_step", None)
+    monkeypatch.setattr(loop, "train_step", None)
     run_train(max_resident_bytes=0)
     assert len(list(Path(".work/train").iterdir())) == 1
-
-
-def test_every_other_value_is_another_run(encoded):
-    """The fingerprint covers everything that determines the run, and nothing else."""
-    params, accelerator = read_params(), Accelerator(cpu=True)
-    latents, conditioning = read_latents(), read_conditioning()
-
-    def run(changed: Params) -> str:
-        lineage = lineage_of(changed, Path("data/base"), "epsilon", [], latents, conditioning)
-        return run_fingerprint(lineage, accelerator)
-
-    runs = {}
-    for section in ("train", "validation"):
-        for field in dataclasses.fields(getattr(params, section)):
-            another = {"lora_rank": 3}.get(field.name, "another")  # adapters bring peft's version with them
-            values = dataclasses.replace(getattr(params, section), **{field.name: another})
-            runs[field.name] = run(dataclasses.replace(params, **{section: values}))
-    same = {name for name, found in runs.items() if found == run(params)}
-    assert same == {"export", "max_resident_bytes"}
-
-
-def test_whatever_a_run_is_made_of_makes_another_run(encoded, monkeypatch):
-    params, accelerator = read_params(), Accelerator(cpu=True)
-    latents, conditioning = read_latents(), read_conditioning()
-    first, *rest = read_captions(Path("data/pairs/captions.parquet"))
-
-    def run(first=first, latents=latents, conditioning=conditioning, accelerator=accelerator) -> str:
-        made_of = Path("data/base"), "epsilon", [first, *rest], latents, conditioning
-        return run_fingerprint(lineage_of(params, *made_of), accelerator)
-
-    another = {"train": "validation", "validation": "train"}[first.split]
-    num_threads = torch.get_num_threads()
-    runs = [
-        run(),
-        run(first=dataclasses.replace(first, captions=("another caption",))),
-        run(first=dataclasses.replace(first, split=another)),
-        run(first=dataclasses.replace(first, sample_id="another.png")),
-        run(latents=dataclasses.replace(latents, fingerprint="another")),
-        run(conditioning=dataclasses.replace(conditioning, fingerprint="another")),
-        run(accelerator=SimpleNamespace(**process_facts(accelerator) | {"num_processes": 2})),
-        run(accelerator=SimpleNamespace(**process_facts(accelerator) | {"device": torch.device("cuda")})),
-    ]
-    assert runs[0] == run() == run(accelerator=SimpleNamespace(**process_facts(accelerator)))
-    torch.set_num_threads(num_threads + 1)
-    runs.append(run())
-    torch.set_num_threads(num_threads)
-    with monkeypatch.context() as patch:
-        patch.setattr("stages.lib.training.lineage.code_fingerprint", lambda: "another")
-        runs.append(run())
-    path = Path("data/base/unet/diffusion_pytorch_model.safetensors")
-    changed = load_file(path)
-    changed["conv_out.bias"][0] += 1e-3
-    save_file(changed, path, {"format": "pt"})
-    runs.append(run())
-    assert len(set(runs)) == len(runs) == 11
-
-
-def process_facts(accelerator: Accelerator) -> dict[str, object]:
-    return {name: getattr(accelerator, name) for name in ("device", "num_processes", "distributed_type")}
 
 
 @pytest.mark.parametrize(("device", "num_ahead"), [("cpu", 0), ("cuda", NUM_AHEAD)])
@@ -293,7 +241,7 @@ def scripted_losses(monkeypatch, *losses: float) -> None:
         def summary(self) -> dict[str, float]:
             return {"validation_loss": next(script)}
 
-    monkeypatch.setattr(train, "validation_losses", lambda *arguments: Scripted())
+    monkeypatch.setattr(loop, "validation_losses", lambda *arguments: Scripted())
 
 
 def test_early_stopping_ends_the_run_and_stays_ended(encoded, monkeypatch):
@@ -312,11 +260,11 @@ def test_the_best_weights_are_those_of_the_best_step(encoded, monkeypatch):
     scripted_losses(monkeypatch, 3.0, 1.0, 2.0)
     run_train()
     last = weights()
-    monkeypatch.setattr(train, "train_step", None)  # the best is kept beside the last: nothing is trained
+    monkeypatch.setattr(loop, "train_step", None)  # the best is kept beside the last: nothing is trained
     run_train(export="best")
     best = weights()
     assert any(not torch.equal(best[name], last[name]) for name in last)
-    assert json.loads(read_lineage(Path("data/unet"))["params"])["train"]["export"] == "best"
+    assert json.loads(read_lineage()["exported"]) == {"averaged": True, "step": 4, "weights": "best"}
     monkeypatch.undo()
     monkeypatch.chdir(encoded)
     monkeypatch.setenv("SD_WORK", str(encoded / ".work"))
@@ -334,7 +282,7 @@ def test_a_best_that_no_checkpoint_knows_of_replaces_none(encoded, monkeypatch):
     checkpoints = Checkpoints(Path(".work"), directory.name)
     checkpoints.save_best(5, [torch.nn.Parameter(torch.zeros(1))])
     assert len(list(directory.glob("best-*"))) == 2
-    monkeypatch.setattr(train, "train_step", None)
+    monkeypatch.setattr(loop, "train_step", None)
     run_train(validation_every_steps=2, export="best")
 
 
@@ -372,6 +320,7 @@ def test_live_weights_or_the_average_are_exported_validated_and_previewed(encode
     assert all(torch.equal(value, live[name]) for name, value in weights().items())
     assert curve("validation_loss") != live_losses
     assert preview.read_bytes() != live_preview
+    shutil.rmtree(".work/train")  # a run goes on under another validate_ema
     run_train(validate_ema=False)
     assert curve("validation_loss") == live_losses
     assert preview.read_bytes() == live_preview
@@ -381,9 +330,10 @@ def test_live_weights_or_the_average_are_exported_validated_and_previewed(encode
 def test_the_average_is_kept_as_asked_for_and_updated_once_a_step(encoded):
     changes = {"ema_decay": 0.9, "ema_power": 0.7, "ema_update_after_step": 3}
     options = dataclasses.replace(read_params().train, **changes)
-    ema = train.moving_average(torch.nn.Linear(1, 1), options)
+    linear, accelerator = torch.nn.Linear(1, 1), Accelerator(cpu=True)
+    ema = prepare(accelerator, linear, None, options, 6).ema
     assert (ema.max_decay, ema.power, ema.update_after_step) == (0.9, 0.7, 3)
-    assert train.moving_average(torch.nn.Linear(1, 1), dataclasses.replace(options, use_ema=False)) is None
+    assert prepare(accelerator, linear, None, dataclasses.replace(options, use_ema=False), 6).ema is None
     run_train(**changes)
     (path,) = Path(".work/train").rglob("step-00000006.pt")
     assert torch.load(path, weights_only=True)["ema"]["num_updates"] == 6
@@ -446,7 +396,7 @@ def test_the_gradient_is_clipped_to_its_norm(encoded):
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_memory_format_kernels_and_compilation_are_as_asked_for(encoded, monkeypatch, channels_last):
-    step, seen = train.train_step, []
+    step, seen = loop.train_step, []
 
     def watched(accelerator, model, *arguments):
         weight = model.down_blocks[0].resnets[0].conv1.weight
@@ -455,7 +405,7 @@ def test_memory_format_kernels_and_compilation_are_as_asked_for(encoded, monkeyp
         return step(accelerator, model, *arguments)
 
     compiled = []
-    monkeypatch.setattr(train, "train_step", watched)
+    monkeypatch.setattr(loop, "train_step", watched)
     monkeypatch.setattr(UNet2DConditionModel, "compile", lambda unet: compiled.append(unet))
     changes = {"max_train_steps": 1, "lr_warmup_steps": 0, "channels_last": channels_last}
     run_train(**changes, allow_tf32=channels_last, torch_compile=channels_last)
@@ -467,6 +417,7 @@ def test_a_compiled_unet_trains_to_the_same_weights(encoded, monkeypatch):
     changes = {"max_train_steps": 1, "lr_warmup_steps": 0, "preview_every_steps": None}
     run_train(**changes)
     plain, graphs = weights(), []
+    shutil.rmtree(".work/train")  # a run goes on compiled
 
     def as_it_is(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
         graphs.append(graph)
@@ -608,7 +559,7 @@ def test_a_timestep_belongs_to_the_quarter_it_lies_in():
     ],
 )
 def test_out_of_memory_ends_with_advice_and_keeps_the_checkpoint(encoded, monkeypatch, error):
-    step, calls = train.train_step, []
+    step, calls = loop.train_step, []
 
     def full(*arguments):
         calls.append(None)
@@ -616,7 +567,7 @@ def test_out_of_memory_ends_with_advice_and_keeps_the_checkpoint(encoded, monkey
             raise error
         return step(*arguments)
 
-    monkeypatch.setattr(train, "train_step", full)
+    monkeypatch.setattr(loop, "train_step", full)
     with pytest.raises(StageError) as found:
         run_train()
     message = str(found.value)
@@ -636,14 +587,14 @@ def test_a_non_finite_validation_loss_stops_before_a_checkpoint(encoded, monkeyp
 
 
 def test_a_non_finite_gradient_between_two_looks_is_named(encoded, monkeypatch):
-    step, calls = train.train_step, []
+    step, calls = loop.train_step, []
 
     def spoilt(*arguments):
         losses, grad_norm = step(*arguments)
         calls.append(None)
         return losses, grad_norm * (float("nan") if len(calls) == 2 else 1.0)
 
-    monkeypatch.setattr(train, "train_step", spoilt)
+    monkeypatch.setattr(loop, "train_step", spoilt)
     with pytest.raises(StageError, match=r"non-finite gradient at step 2: (\S+ \(timestep \d+\)(, )?){4};"):
         every = {f"{name}_every_steps": 4 for name in ("log", "checkpoint", "validation", "preview")}
         run_train(**every, gradient_accumulation_steps=2)

@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from safetensors.torch import load_file, save_file
 
-from stages import encode_images, train
+from stages import encode_images
 from stages.lib.data.pairs import read_captions
 from stages.lib.diffusion.schedule import training_scheduler
 from stages.lib.encoding.conditioning import read_conditioning
@@ -26,12 +26,12 @@ from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import read_params
 from stages.lib.models.layout import read_config
 from stages.lib.models.loaders import load_unet
+from stages.lib.training import loop
 from stages.lib.training.batches import draw_batch, parts_of_process, training_set
 from stages.lib.training.checkpoints import Checkpoints
 from stages.lib.training.feed import load_part
 from stages.lib.training.optimizers import build_lr_schedule, build_optimizer
-from stages.lib.training.unet import read_lineage
-from tests.conftest import REPOSITORY, content_fingerprint, run_train, write_params
+from tests.conftest import REPOSITORY, content_fingerprint, read_lineage, run_train, write_params
 
 CURVES = ("train_loss", "weighted_loss", "validation_loss", "lr", "grad_norm")
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_one_step_equals_the_step_of_diffusers_script(encoded, prediction_type, 
     unet = load_unet(Path("data/base"))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate)
     config = read_config(Path("data/base/scheduler/scheduler_config.json"))
-    ((losses, weights),), grad_norm = train.train_step(
+    ((losses, weights),), grad_norm = loop.train_step(
         Accelerator(cpu=True), unet, optimizer, training_scheduler(config, prediction_type),
         [load_part(batch, latents, conditioning, CPU)], latents.scaling_factor, latents.shift_factor, options,
     )  # fmt: skip
@@ -112,6 +112,7 @@ def test_accumulation_changes_the_weights_by_rounding_alone(encoded):
     write_params()
     run_train()
     whole = load_file("data/unet/diffusion_pytorch_model.safetensors")
+    shutil.rmtree(".work/train")  # a run goes on under another number of parts
     run_train(gradient_accumulation_steps=4)
     parts = load_file("data/unet/diffusion_pytorch_model.safetensors")
     base = load_file("data/base/unet/diffusion_pytorch_model.safetensors")
@@ -156,7 +157,7 @@ def test_a_killed_run_resumes_bit_for_bit(encoded, monkeypatch, kill_at):
     run_train()
     undisturbed = outputs()
     shutil.rmtree(".work/train")
-    step, calls = train.train_step, []
+    step, calls = loop.train_step, []
 
     def stop(*arguments):
         if len(calls) == kill_at:
@@ -165,7 +166,7 @@ def test_a_killed_run_resumes_bit_for_bit(encoded, monkeypatch, kill_at):
         calls.append(None)
         return step(*arguments)
 
-    monkeypatch.setattr(train, "train_step", stop)
+    monkeypatch.setattr(loop, "train_step", stop)
     with pytest.raises(StopError):
         run_train()
     shutil.rmtree("data/training", ignore_errors=True)  # DVC removes outputs when a stage starts
@@ -178,7 +179,7 @@ def test_a_killed_run_resumes_bit_for_bit(encoded, monkeypatch, kill_at):
 def test_a_finished_run_is_exported_again_without_training(encoded, monkeypatch):
     run_train()
     first = outputs()
-    monkeypatch.setattr(train, "train_step", None)
+    monkeypatch.setattr(loop, "train_step", None)
     run_train()
     assert outputs() == first
 
@@ -220,13 +221,13 @@ def test_a_non_finite_loss_names_step_samples_and_checkpoint(encoded):
 
 
 def test_a_non_finite_gradient_stops_before_a_checkpoint(encoded, monkeypatch):
-    step = train.train_step
+    step = loop.train_step
 
     def spoilt(*arguments):
         losses, _ = step(*arguments)
         return losses, torch.tensor(math.nan)
 
-    monkeypatch.setattr(train, "train_step", spoilt)
+    monkeypatch.setattr(loop, "train_step", spoilt)
     with pytest.raises(StageError, match=r"non-finite gradient at step 1: \d\d\.png \(timestep \d+\)"):
         run_train()
     assert not list(Path(".work/train").rglob("*.pt"))

@@ -1,9 +1,9 @@
-"""Resumable training state in the work directory, under the fingerprint of what determines the run."""
+"""Resumable training state in the work directory, under the identity of the run."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from stages.lib.core.files import open_atomically, remove_partials
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.work_directory import mark_used, trim, use
 from stages.lib.training.ema import MovingAverage
-from stages.lib.training.sharding import gathered, spread_like
+from stages.lib.training.processes import gathered, spread_like
 
 logger = logging.getLogger(__name__)
 KEPT = 2
@@ -26,11 +26,37 @@ class Resumed:
     Attributes:
         global_step: the first step to run.
         points, previews: of the steps before it.
+        preview_recipe: that the previews were made by.
+        environments: those that these steps were run in, in order.
+        measure: how their held-out losses were measured.
+        yardstick: how and when; "" where that has changed on the way.
     """
 
-    global_step: int
-    points: list[tuple[int, dict[str, float]]]
-    previews: dict[int, torch.Tensor]
+    global_step: int = 0
+    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    previews: dict[int, torch.Tensor] = field(default_factory=dict)
+    preview_recipe: str = ""
+    environments: list[dict[str, str]] = field(default_factory=list)
+    measure: str = ""
+    yardstick: str | None = None
+
+    def yardstick_now(self, yardstick: str) -> str:
+        """What the next checkpoint has to say if the losses to come are measured by ``yardstick``."""
+        return yardstick if self.yardstick in (None, yardstick) else ""
+
+    def is_measured_by(self, measure: str) -> bool:
+        """Whether every held-out loss so far was measured by ``measure``."""
+        measured = any("validation_loss" in values for _, values in self.points)
+        return self.measure == measure or not measured
+
+    def points_measured_by(self, measure: str) -> list[tuple[int, dict[str, float]]]:
+        """The points; held-out losses that were measured in another way than ``measure`` are left out."""
+        if self.is_measured_by(measure):
+            return self.points
+        return [
+            (step, {name: value for name, value in values.items() if not name.startswith("validation_loss")})
+            for step, values in self.points
+        ]
 
 
 class TrainingState:
@@ -63,7 +89,7 @@ class TrainingState:
     def restore(self, saved: dict[str, Any] | None) -> Resumed:
         """Continue from a checkpoint, or begin where there is none."""
         if saved is None:
-            return Resumed(0, [], {})
+            return Resumed()
         load_weights(self.parameters, saved["weights"])
         saved["optimizer"]["state"] = {
             index: {name: spread_like(value, self.parameters[index]) for name, value in moments.items()}
@@ -71,7 +97,7 @@ class TrainingState:
         }
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
-        return Resumed(saved["global_step"], saved["points"], saved["previews"])
+        return Resumed(**{each.name: saved[each.name] for each in fields(Resumed)})
 
 
 @torch.no_grad()
@@ -82,22 +108,23 @@ def load_weights(parameters: list[torch.nn.Parameter], saved: list[torch.Tensor]
 
 
 class Checkpoints:
-    """The checkpoints of one run, ``<root>/train/<fingerprint>/step-<n>.pt``.
+    """The checkpoints of one run, ``<root>/train/<identity>/step-<n>.pt``.
 
-    A changed parameter, weight, caption or library is another fingerprint, so a checkpoint is
+    A changed weight, caption, computation or parameter that matters is another identity, so a checkpoint is
     never continued under values it was not made with. The directory is in use, and so never trimmed,
     while this object lives.
 
     Args:
         root: the work directory.
-        run_fingerprint: of everything that determines the run.
+        identity: hash of everything that determines the run's weights.
         enabled: False in all processes but the first, which alone writes.
     """
 
-    def __init__(self, root: Path, run_fingerprint: str, enabled: bool = True) -> None:
+    def __init__(self, root: Path, identity: str, enabled: bool = True) -> None:
         self._root, self._enabled = root, enabled
-        self.directory = root / "train" / run_fingerprint[:20]
+        self.directory = root / "train" / identity[:20]
         self._use = use(self.directory)
+        self._refused: set[Path] = set()
         remove_partials(self.directory)
 
     def paths(self) -> list[Path]:
@@ -105,14 +132,15 @@ class Checkpoints:
         return sorted(self.directory.glob("step-*.pt"))
 
     def save(self, global_step: int, state: dict[str, Any]) -> None:
-        """Write atomically and durably; older ones but for the last two are removed."""
+        """Write atomically and durably; older ones but for the last two, and refused ones, are removed."""
         if not self._enabled:
             return
         path = self.directory / f"step-{global_step:08d}.pt"
         with open_atomically(path) as handle:
             torch.save({"global_step": global_step, **state}, handle)
         mark_used(path)
-        for old in [*self.paths()[:-KEPT], *self._outdated_best(state.get("best_step"))]:
+        kept = [each for each in self.paths() if each not in self._refused]
+        for old in [*self._refused - {path}, *kept[:-KEPT], *self._outdated_best(state.get("best_step"))]:
             old.unlink(missing_ok=True)  # the same run elsewhere may have done it
         trim(self._root)
 
@@ -159,13 +187,28 @@ class Checkpoints:
             return []
         return [path for path in self.directory.glob("best-*.pt") if path != self._best(best_step)]
 
-    def load_latest(self) -> dict[str, Any] | None:
-        """The newest state that can be read; a damaged one is left out with a warning."""
+    def load_latest(self, yardstick: str | None = None) -> dict[str, Any] | None:
+        """The newest state that can be used; one that cannot is left out with a warning.
+
+        Args:
+            yardstick: by which every held-out loss so far has to be measured, since the run's result
+                depends on it; None where it does not.
+        """
         for path in reversed(self.paths()):
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # torch raises a dozen types for a damaged archive
                 logger.warning("%s: cannot be read (%s), an older checkpoint is tried", path, error)
+                self._refused.add(path)
+                continue
+            if yardstick is not None and state["yardstick"] != yardstick:
+                logger.warning(
+                    "%s: its held-out losses were measured in another way (validation_every_steps, "
+                    "validate_ema, export_ema or section validation), which decides what train.export: best "
+                    "takes; the run begins anew",
+                    path,
+                )
+                self._refused.add(path)
                 continue
             mark_used(path)
             logger.info("resuming at step %d from %s", state["global_step"], path)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from stages.lib.training.sharding import spread_like
+from stages.lib.training.processes import spread_like
 
 
 class MovingAverage:

@@ -1,4 +1,4 @@
-"""The losses of training steps between two looks at them: their means, and what is not finite."""
+"""What can go wrong in a run: losses that are not finite, memory that runs out; and what to do then."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Train
 from stages.lib.training.batches import Batch
 from stages.lib.training.checkpoints import Checkpoints
+from stages.lib.training.optimizers import OPTIMIZERS
+
+# On the CPU, and from CUDA's own libraries, torch raises a plain RuntimeError.
+_TEXTS = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,6 @@ def _pairs(step: StepLosses, chosen: torch.Tensor) -> list[tuple[int, int]]:
     return list(zip(samples, timesteps, strict=True))
 
 
-# On the CPU, and from CUDA's own libraries, torch raises a plain RuntimeError.
-_TEXTS = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
-
-
 @contextlib.contextmanager
 def memory_advice(options: Train, checkpoints: Checkpoints | None = None) -> Iterator[None]:
     """Turn out-of-memory errors of torch into a StageError with advice.
@@ -142,7 +142,8 @@ def _advice(options: Train) -> Iterator[str]:
         yield "or set train.gradient_checkpointing to true (slower, same result)"
     if options.mixed_precision == "no":
         yield "or set train.mixed_precision to bf16"
-    if options.optimizer == "adamw":
-        yield "or train.optimizer to adamw_8bit or adafactor"
+    if not OPTIMIZERS[options.optimizer].saves_memory:
+        smaller = " or ".join(name for name, kind in OPTIMIZERS.items() if kind.saves_memory)
+        yield f"or train.optimizer to {smaller}"
     if options.lora_rank is None:
         yield "or train adapters only with train.lora_rank"

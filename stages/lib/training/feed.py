@@ -11,9 +11,14 @@ from dataclasses import dataclass
 import torch
 
 from stages.lib.core.devices import to_device
-from stages.lib.encoding.conditioning import Conditioning
-from stages.lib.encoding.latents import Latents
-from stages.lib.training.batches import Batch
+from stages.lib.core.paths import ENCODED_CAPTIONS, LATENTS, PAIR_CAPTIONS
+from stages.lib.data.pairs import SampleCaptions, read_captions
+from stages.lib.diffusion.validation import check_held_out
+from stages.lib.encoding.conditioning import Conditioning, read_conditioning
+from stages.lib.encoding.latents import Latents, read_latents
+from stages.lib.frame.params import Train
+from stages.lib.store.zarr_store import store_bytes
+from stages.lib.training.batches import Batch, TrainingSet, draw_batch, training_set
 
 NUM_AHEAD = 2  # steps whose data wait in memory
 
@@ -53,6 +58,49 @@ def load_part(batch: Batch, latents: Latents, conditioning: Conditioning, device
         timesteps=to_device(batch.timesteps, device),
         encoder_hidden_states=conditioning.states(batch.caption_rows, device),
     )
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What is trained on and what is held out.
+
+    Attributes:
+        latents, conditioning: of all samples.
+        samples: of both splits, those whose images were encoded.
+        training_set: what may be drawn.
+    """
+
+    latents: Latents
+    conditioning: Conditioning
+    samples: list[SampleCaptions]
+    training_set: TrainingSet
+
+    def parts_of_step(
+        self,
+        options: Train,
+        num_train_timesteps: int,
+        indices: range,
+        num_parts: int,
+        device: torch.device,
+        global_step: int,
+    ) -> list[Part]:
+        """The parts ``indices`` of the ``num_parts`` that a step's batch is split into, on ``device``."""
+        batch = draw_batch(self.training_set, options, global_step, num_train_timesteps)
+        parts = (batch.part(index, num_parts) for index in indices)
+        return [load_part(part, self.latents, self.conditioning, device) for part in parts]
+
+
+def read_training_data(options: Train) -> TrainingData:
+    """Open what the encoders made; in memory as a whole where ``max_resident_bytes`` allows.
+
+    Raises:
+        StageError: if a store is missing or damaged, or lacks a sample or a caption.
+    """
+    resident = store_bytes(LATENTS) + store_bytes(ENCODED_CAPTIONS) <= options.max_resident_bytes
+    latents, conditioning = read_latents(LATENTS, resident), read_conditioning(ENCODED_CAPTIONS, resident)
+    samples = latents.encoded(read_captions(PAIR_CAPTIONS))
+    check_held_out(samples, options)
+    return TrainingData(latents, conditioning, samples, training_set(samples, latents, conditioning))
 
 
 class Feed:

@@ -1,4 +1,4 @@
-"""Training curves through DVCLive, replayed on resume so that no point is lost or shifted."""
+"""What a run shows on its way, curves and previews: replayed on resume so that nothing is lost or shifted."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ class PreviewLatents:
         directory: emptied.
         samples: captions of held-out ones are previewed; of all where none is held out.
         options: number, seed and guidance.
-        earlier: previews of this run by step, written again.
+        earlier: previews of this run by step, written again if they were made by the same recipe.
+        earlier_recipe: that they were made by, see `recipe`.
         enabled: False in all processes but the first, which alone writes.
     """
 
@@ -91,14 +92,22 @@ class PreviewLatents:
         samples: list[SampleCaptions],
         options: Train,
         earlier: Mapping[int, torch.Tensor],
+        earlier_recipe: str,
         enabled: bool,
     ) -> None:
         self.directory = fresh_directory(directory) if enabled else None
         self.captions = preview_captions(samples, options.num_previews)
         self.options = options
-        self.latents_of: dict[int, torch.Tensor] = dict(earlier)
+        wanted = options.preview_every_steps is not None and earlier_recipe == self.recipe
+        self.latents_of: dict[int, torch.Tensor] = dict(earlier) if wanted else {}
         for global_step in self.latents_of:
             self._write(global_step)
+
+    @property
+    def recipe(self) -> str:
+        """What two sets of previews have to share to be laid side by side."""
+        averaged = self.options.use_ema and self.options.validate_ema
+        return json.dumps([self.captions, self.options.preview_guidance_scale, averaged])
 
     def add(
         self,

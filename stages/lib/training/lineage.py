@@ -1,9 +1,17 @@
-"""What a run is made of: the lineage in its weights, and the fingerprint of its checkpoints."""
+"""What a run is made of: its identity, which names its checkpoints, and the environments it passed through.
+
+The identity is what determines the weights in exact arithmetic: the base, the data, the parameters that
+matter and the code that computes. The environment moves their last bits. A run goes on under another
+environment, says so, and keeps the list of all in the lineage of its weights.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +23,57 @@ from stages.lib.core.fingerprints import environment, fingerprint
 from stages.lib.data.pairs import SampleCaptions
 from stages.lib.encoding.conditioning import Conditioning
 from stages.lib.encoding.latents import Latents
-from stages.lib.frame.params import Params
+from stages.lib.frame.errors import StageError
+from stages.lib.frame.params import Params, Train
 from stages.lib.models.layout import read_config
 from stages.lib.models.weights import component_fingerprint
+from stages.lib.training.optimizers import OPTIMIZERS
 
-# Parameters of `train` that change no weight and no curve: a run goes on under another value of them.
-WITHOUT_EFFECT = ("export", "max_resident_bytes")
+logger = logging.getLogger(__name__)
+
+Environment = dict[str, str]
+
+# Of `train`: when something is looked at or kept, what of the run is exported, where data lie meanwhile.
+CHANGES_NO_WEIGHT = frozenset(
+    {
+        "checkpoint_every_steps",
+        "export",
+        "export_ema",
+        "log_every_steps",
+        "max_resident_bytes",
+        "num_previews",
+        "preview_every_steps",
+        "preview_guidance_scale",
+        "validate_ema",
+        "validation_every_steps",
+    }
+)
+# Of `train`: equal in exact arithmetic, whatever they are; part of the environment.
+MOVES_BITS = frozenset(
+    {"channels_last", "gradient_accumulation_steps", "gradient_checkpointing", "torch_compile"}
+)
+EXACT = "SD_EXACT_RESUME"
 
 
 def lineage_of(
     params: Params,
     base: Path,
     prediction_type: str,
-    samples: list[SampleCaptions],
+    samples: Sequence[SampleCaptions],
     latents: Latents,
     conditioning: Conditioning,
+    code: str,
 ) -> dict[str, str]:
-    """What the trained weights were made from, as texts; it travels in their safetensors metadata."""
-    sections = {"train": vars(params.train), "validation": vars(params.validation)}
+    """What determines the weights, as texts; it travels in their safetensors metadata.
+
+    Args:
+        params: sections train and validation.
+        base: directory of the base model.
+        prediction_type: what the UNet learns to predict.
+        samples: of both splits.
+        latents, conditioning: what is trained on.
+        code: hash of the code that computes, see `code_identity`.
+    """
     return {
         "base_unet": component_fingerprint(base / "unet"),
         "scheduler": fingerprint(read_config(base / "scheduler" / "scheduler_config.json")),
@@ -40,27 +81,93 @@ def lineage_of(
         "latents": latents.fingerprint,
         "captions": conditioning.fingerprint,
         "pairs": fingerprint([dataclasses.astuple(sample) for sample in samples]),
-        "params": json.dumps(sections, sort_keys=True),
+        "params": json.dumps(determining_params(params), sort_keys=True),
+        "code": code,
     }
 
 
-def run_fingerprint(lineage: dict[str, str], accelerator: Accelerator, code: str) -> str:
-    """Hash of everything that determines a run: its lineage, this code, and the machine it runs on."""
-    sections = json.loads(lineage["params"])
-    for name in WITHOUT_EFFECT:
-        del sections["train"][name]
-    machine = _machine(accelerator, sections["train"])
-    return fingerprint([{**lineage, "params": sections}, machine, code])
+def run_identity(lineage: Mapping[str, str]) -> str:
+    """Hash that names a run's directory."""
+    return fingerprint(dict(lineage))
 
 
-def _machine(accelerator: Accelerator, train: dict[str, Any]) -> dict[str, str | int]:
-    """What changes floating-point results, so that a checkpoint is resumed only where it was made."""
-    adapters = [] if train["lora_rank"] is None else ["peft"]
-    eight_bit = ["bitsandbytes"] if train["optimizer"] == "adamw_8bit" else []
-    return {
-        **environment("diffusers", "accelerate", "transformers", *adapters, *eight_bit),
+def determining_params(params: Params) -> dict[str, Any]:
+    """The parameters that determine the weights, by section.
+
+    How the held-out loss is measured counts where it ends the run.
+    """
+    train = {
+        name: value
+        for name, value in vars(params.train).items()
+        if name not in CHANGES_NO_WEIGHT | MOVES_BITS
+    }
+    found = {"train": train}
+    if params.train.early_stopping_patience is not None:
+        found |= yardstick(params)
+    return found
+
+
+def measure(params: Params) -> dict[str, Any]:
+    """How a held-out loss is measured: two that are measured alike compare."""
+    return {"validate_ema": params.train.validate_ema, **vars(params.validation)}
+
+
+def yardstick(params: Params) -> dict[str, Any]:
+    """How the best weights of a run are told from the others: how and when held-out losses are measured."""
+    when = {name: getattr(params.train, name) for name in ("validation_every_steps", "export_ema")}
+    return {"validation": {**measure(params), **when}}
+
+
+def environment_of(accelerator: Accelerator, train: Train) -> Environment:
+    """What changes the last bits of a training run, as texts."""
+    adapters = [] if train.lora_rank is None else ["peft"]
+    packages = {"diffusers", "accelerate", "transformers", *adapters, *OPTIMIZERS[train.optimizer].packages}
+    found = {
+        **environment(*sorted(packages)),
         "device": accelerator.device.type,
         "num_threads": torch.get_num_threads(),
         "num_processes": accelerator.num_processes,
         "sharded": accelerator.distributed_type == DistributedType.FSDP,
+        **{name: getattr(train, name) for name in MOVES_BITS},
+    }
+    return {name: str(value) for name, value in sorted(found.items())}
+
+
+def passed_through(earlier: Sequence[Environment], now: Environment) -> list[Environment]:
+    """The environments of a run that goes on in this one; a warning names what differs.
+
+    Raises:
+        StageError: if something differs and SD_EXACT_RESUME is 1.
+    """
+    if not earlier or earlier[-1] == now:
+        return [*earlier] or [now]
+    changed = sorted(
+        name for name in earlier[-1].keys() | now.keys() if earlier[-1].get(name) != now.get(name)
+    )
+    difference = ", ".join(
+        f"{name} {earlier[-1].get(name, 'absent')} -> {now.get(name, 'absent')}" for name in changed
+    )
+    if os.environ.get(EXACT, "").strip() not in ("", "0"):
+        raise StageError(
+            f"the checkpoint was made in another environment ({difference}), and {EXACT} is set: the "
+            f"weights would differ in their last bits; go back to that environment, or unset {EXACT} "
+            "to go on in this one"
+        )
+    logger.warning(
+        "the run goes on in another environment (%s): equal but for rounding; %s=1 refuses instead",
+        difference,
+        EXACT,
+    )
+    return [*earlier, now]
+
+
+def exported_lineage(
+    lineage: Mapping[str, str], environments: Sequence[Environment], train: Train, global_step: int | None
+) -> dict[str, str]:
+    """The lineage in the exported weights: what determines them, which they are, and where they were made."""
+    exported = {"weights": train.export, "averaged": train.use_ema and train.export_ema, "step": global_step}
+    return {
+        **lineage,
+        "environments": json.dumps(list(environments), sort_keys=True),
+        "exported": json.dumps(exported, sort_keys=True),
     }

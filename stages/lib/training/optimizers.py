@@ -1,9 +1,15 @@
-"""Optimizers and learning rate schedules, from torch, transformers, bitsandbytes and diffusers."""
+"""Optimizers and learning rate schedules, from torch, transformers, bitsandbytes and diffusers.
+
+A new optimizer is a function here, an entry in `OPTIMIZERS`, and its name in `train.optimizer`
+(stages/lib/frame/sections/train.py). A new schedule is an entry in `LR_SCHEDULES` and its name in
+`train.lr_scheduler`.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -36,39 +42,104 @@ class OptimizerOptions(Protocol):
     def lr_power(self) -> float: ...
 
 
-def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], options: OptimizerOptions
-) -> torch.optim.Optimizer:
+Parameters = Iterable[torch.nn.Parameter]
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """What an optimizer is made by, needs, and is good for.
+
+    Attributes:
+        build: makes it over the weights to train.
+        packages: beside torch, that it is computed with: their versions move its bits.
+        needs_gpu: whether it runs on a GPU alone.
+        can_be_sharded: whether its state may lie in parts over processes (FSDP).
+        saves_memory: whether its state is smaller than AdamW's two floats a weight.
+    """
+
+    build: Callable[[Parameters, OptimizerOptions], torch.optim.Optimizer]
+    packages: tuple[str, ...] = ()
+    needs_gpu: bool = False
+    can_be_sharded: bool = False
+    saves_memory: bool = False
+
+
+def _adamw(parameters: Parameters, options: OptimizerOptions) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) as one fused kernel."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.adam_weight_decay,
+        fused=True,
+    )
+
+
+def _adamw_8bit(parameters: Parameters, options: OptimizerOptions) -> torch.optim.Optimizer:
+    """AdamW with its moments in 8 bits (Dettmers et al. 2022)."""
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(
+        parameters,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.adam_weight_decay,
+    )
+
+
+def _adafactor(parameters: Parameters, options: OptimizerOptions) -> torch.optim.Optimizer:
+    """Second moment factored over rows and columns, no first moment (Shazeer and Stern 2018).
+
+    Steps are scaled by the learning rate alone, as with AdamW, so that the schedule rules.
+    """
+    from transformers.optimization import Adafactor
+
+    return Adafactor(
+        parameters,
+        lr=options.learning_rate,
+        weight_decay=options.adam_weight_decay,
+        scale_parameter=False,
+        relative_step=False,
+    )
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerKind(_adamw, can_be_sharded=True),
+    "adamw_8bit": OptimizerKind(_adamw_8bit, packages=("bitsandbytes",), needs_gpu=True, saves_memory=True),
+    "adafactor": OptimizerKind(_adafactor, packages=("transformers",), saves_memory=True),
+}
+
+# Names of params.yaml -> diffusers' names; its plain "constant" leaves the warm-up out.
+LR_SCHEDULES = {
+    "constant": "constant_with_warmup",
+    "cosine": "cosine",
+    "cosine_with_restarts": "cosine_with_restarts",
+    "linear": "linear",
+    "polynomial": "polynomial",
+}
+
+
+def build_optimizer(parameters: Parameters, options: OptimizerOptions) -> torch.optim.Optimizer:
     """The optimizer that ``options.optimizer`` names, over the weights to train.
 
-    ``adamw``: AdamW (Loshchilov and Hutter 2019) as one fused kernel. ``adamw_8bit``: the same with
-    its moments in 8 bits (Dettmers et al. 2022). ``adafactor``: second moment factored over rows
-    and columns, no first moment (Shazeer and Stern 2018); steps are scaled by the learning rate
-    alone, as with AdamW, so that the schedule rules.
-
     Raises:
-        StageError: for ``adamw_8bit`` without a GPU or without bitsandbytes.
+        StageError: naming the GPU or the packages that it needs and that are missing.
     """
-    learning_rate, weight_decay = options.learning_rate, options.adam_weight_decay
-    if options.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
-        return Adafactor(
-            parameters,
-            lr=learning_rate,
-            weight_decay=weight_decay,
-            scale_parameter=False,
-            relative_step=False,
+    kind = OPTIMIZERS[options.optimizer]
+    missing = []
+    if kind.needs_gpu and not torch.cuda.is_available():
+        missing.append("a GPU (torch.cuda.is_available() is false)")
+    for package in kind.packages:
+        if importlib.util.find_spec(package) is None:
+            missing.append(f"the package {package} (pip install {package})")
+    if missing:
+        raise StageError(
+            f"params.yaml: train.optimizer {options.optimizer}: missing {' and '.join(missing)}; "
+            "use adamw, or adafactor to save memory"
         )
-    betas, eps = (options.adam_beta1, options.adam_beta2), options.adam_epsilon
-    if options.optimizer == "adamw_8bit":
-        _check_bitsandbytes()
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
-    return torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
-    )
+    return kind.build(parameters, options)
 
 
 def build_lr_schedule(
@@ -82,26 +153,11 @@ def build_lr_schedule(
     """
     from diffusers.optimization import get_scheduler
 
-    # diffusers' plain "constant" leaves the warm-up out.
-    names = {"constant": "constant_with_warmup"}
     return get_scheduler(
-        names.get(options.lr_scheduler, options.lr_scheduler),
+        LR_SCHEDULES[options.lr_scheduler],
         optimizer,
         num_warmup_steps=options.lr_warmup_steps,
         num_training_steps=num_training_steps,
         num_cycles=options.lr_num_cycles,
         power=options.lr_power,
     )
-
-
-def _check_bitsandbytes() -> None:
-    missing = []
-    if not torch.cuda.is_available():
-        missing.append("a GPU (torch.cuda.is_available() is false)")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        missing.append("the package bitsandbytes (pip install bitsandbytes)")
-    if missing:
-        raise StageError(
-            f"params.yaml: train.optimizer adamw_8bit: missing {' and '.join(missing)}; "
-            "use adamw, or adafactor to save memory"
-        )

@@ -1,17 +1,33 @@
-"""The processes that train, and what they have to agree on."""
+"""The processes that train: how they start, what they agree on, and tensors that lie in parts over them.
+
+Under FSDP `torch.distributed.fsdp.fully_shard` (Zhao et al. 2023) makes every parameter a DTensor, of which
+each process holds some rows; its gradient, moments and average lie the same way. Checkpoints and the
+exported UNet hold wholes, so they are those of a run that is not sharded. What gathers a tensor has
+to be called by all processes at once; a tensor that is not in parts is taken as it is.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType, DynamoBackend, broadcast_object_list, gather_object
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stages.lib.core.devices import use_same_kernels
 from stages.lib.frame.errors import StageError
+from stages.lib.frame.launch import process_index
 from stages.lib.frame.params import Train
-from stages.lib.training.sharding import sharding_plugin
+from stages.lib.models.loaders import load_unet
+from stages.lib.training.optimizers import OPTIMIZERS
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 _KNOWN = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP}
 
@@ -68,11 +84,12 @@ def _check_sharding(accelerator: Accelerator, options: Train) -> None:
     """Raise StageError, naming all that does not go with FSDP."""
     version = accelerator.state.fsdp_plugin.fsdp_version
     problems = [] if version == 2 else [f"accelerate's fsdp_version {version}, expected 2"]
-    for name, expected in (
-        ("channels_last", False), ("lora_rank", None), ("optimizer", "adamw"), ("torch_compile", False),
-    ):  # fmt: skip
+    for name, expected in (("channels_last", False), ("lora_rank", None), ("torch_compile", False)):
         if getattr(options, name) != expected:
             problems.append(f"train.{name} {getattr(options, name)}, expected {expected}")
+    if not OPTIMIZERS[options.optimizer].can_be_sharded:
+        able = " or ".join(name for name, kind in OPTIMIZERS.items() if kind.can_be_sharded)
+        problems.append(f"train.optimizer {options.optimizer}, expected {able}")
     if options.mixed_precision == "fp16":
         problems.append('train.mixed_precision fp16, expected bf16 or "no"')
     if problems:
@@ -92,3 +109,62 @@ def check_same_step(global_step: int) -> None:
             f"checkpoints: the processes would resume at different steps, {steps}; "
             "let SD_WORK name one directory that all of them see"
         )
+
+
+def sharding_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin | None:
+    """What accelerate's configuration says of FSDP, None if nothing; gradients are summed in float32."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+
+
+def plain_forward(model: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` for validation and previews; of a sharded model its own, which gathers the weights."""
+    if not isinstance(model, FSDPModule):
+        return forward
+
+    def gathering(*inputs: torch.Tensor) -> Any:
+        output = model(*inputs)
+        model.reshard()  # without a backward pass it would keep these weights for the next step
+        return output
+
+    return gathering
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor, in every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(value: Any) -> Any:
+    """A state with its tensors as wholes on the CPU of the first process, one at a time; empty in others."""
+    if isinstance(value, DTensor):
+        whole = value.full_tensor()
+        return whole.cpu() if process_index() == 0 else whole.new_empty(0)
+    if isinstance(value, dict):
+        return {key: gathered(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [gathered(item) for item in value]
+    return value
+
+
+def spread_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of ``whole``, which every process has, as a tensor that lies as ``like`` does."""
+    if not isinstance(like, DTensor) or whole.shape != like.shape:
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def unsharded(unet: UNet2DConditionModel, base: Path) -> UNet2DConditionModel:
+    """The UNet itself, or in the first process one with its weights as wholes."""
+    sharded = isinstance(unet, FSDPModule)
+    if not sharded:
+        return unet
+    weights = gathered(unet.state_dict())
+    if process_index() > 0:
+        return unet
+    whole = load_unet(base)
+    whole.load_state_dict(weights)
+    return whole

@@ -1,12 +1,13 @@
 """Checkpoints on disk: streamed, whole or absent, in the work directory that others trim."""
 
+import dataclasses
 import pickle
 import tracemalloc
 
 import pytest
 import torch
 
-from stages.lib.training.checkpoints import Checkpoints, TrainingState
+from stages.lib.training.checkpoints import Checkpoints, Resumed, TrainingState
 from stages.lib.training.ema import MovingAverage
 
 
@@ -71,7 +72,8 @@ def test_every_part_of_the_state_goes_on_as_if_it_had_not_been_stopped(tmp_path)
     for _ in range(3):
         step(whole)
     checkpoints = Checkpoints(tmp_path, "f" * 64)
-    checkpoints.save(3, {"points": [], "previews": {}, **whole.capture()})
+    seen = dataclasses.asdict(Resumed(global_step=3))
+    checkpoints.save(3, {**seen, **whole.capture()})
     assert other.restore(checkpoints.load_latest()).global_step == 3
     assert other.parts["scaler"].state_dict() == whole.parts["scaler"].state_dict()
     assert other.parts["scaler"].get_scale() == 16.0  # grown after two steps

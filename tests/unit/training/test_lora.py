@@ -14,16 +14,24 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from stages.lib.core import tensors as export
+from stages.lib.core.tensors import write_safetensors
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import read_params
 from stages.lib.models.layout import write_pipeline_index
 from stages.lib.models.loaders import load_unet
 from stages.lib.training.ema import MovingAverage
-from stages.lib.training.lora import WEIGHTS, add_lora, merge_lora, save_lora
-from stages.lib.training.unet import build_unet, trained
+from stages.lib.training.unet import (
+    LORA_WEIGHTS,
+    WEIGHTS,
+    add_lora,
+    build_unet,
+    merge_lora,
+    save_lora,
+    save_unet,
+    trained_parameters,
+)
 from tests.checkpoints import tiny_pipeline
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, read_lineage
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 EVERYTHING = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "time_emb_proj")
@@ -127,7 +135,7 @@ def test_a_run_trains_the_adapters_that_the_params_ask_for(base, unet):
     add_lora(unet, 3, 7, ("to_q",), seed=5)
     assert trainable(built).keys() == trainable(unet).keys()
     assert all(torch.equal(weight, trainable(unet)[name]) for name, weight in trainable(built).items())
-    assert list(map(id, trained(built))) == list(map(id, trainable(built).values()))
+    assert list(map(id, trained_parameters(built))) == list(map(id, trainable(built).values()))
 
 
 @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING])
@@ -146,14 +154,14 @@ def test_the_pipeline_of_diffusers_loads_what_was_trained(base, unet, tmp_path, 
 def test_the_file_keeps_alpha_and_lineage_and_repeats_its_bytes(unet, tmp_path):
     add_lora(unet, 4, 10, ATTENTION, seed=0)
     save_lora(unet, tmp_path, {"b": "2", "a": "1"})
-    content = (tmp_path / WEIGHTS).read_bytes()
-    with safetensors.safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+    content = (tmp_path / LORA_WEIGHTS).read_bytes()
+    with safetensors.safe_open(tmp_path / LORA_WEIGHTS, framework="pt") as file:
         metadata = file.metadata()
     assert (metadata["a"], metadata["b"]) == ("1", "2")
     adapter = {"unet.r": 4, "unet.lora_alpha": 10, "unet.target_modules": sorted(ATTENTION)}
     assert metadata["lora_adapter_metadata"] == json.dumps(adapter, sort_keys=True)
     save_lora(unet, tmp_path, {"a": "1", "b": "2"})
-    assert (tmp_path / WEIGHTS).read_bytes() == content
+    assert (tmp_path / LORA_WEIGHTS).read_bytes() == content
 
 
 @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING])
@@ -166,11 +174,11 @@ def test_merging_gives_a_plain_unet_with_the_same_output(base, unet, tmp_path, t
     assert torch.equal(predict(unet), expected)
     assert list(trainable(unet)) == names
 
-    export.save_unet(merged, tmp_path / "unet", {})
-    export.save_unet(load_unet(base), tmp_path / "plain", {})
+    save_unet(merged, tmp_path / "unet", {})
+    save_unet(load_unet(base), tmp_path / "plain", {})
     configs = [(tmp_path / name / "config.json").read_text() for name in ("unet", "plain")]
     assert configs[0] == configs[1]
-    assert load_file(tmp_path / "unet" / export.WEIGHTS).keys() == load_unet(base).state_dict().keys()
+    assert load_file(tmp_path / "unet" / WEIGHTS).keys() == load_unet(base).state_dict().keys()
     reloaded = load_unet(tmp_path)
     assert torch.equal(predict(reloaded), predict(merged))
 
@@ -179,7 +187,7 @@ def test_full_weights_and_adapters_lie_side_by_side(base, unet, tmp_path):
     """data/unet of a run with adapters: the merged UNet for every reader, the adapters beside it."""
     add_lora(unet, 4, 10, ATTENTION, seed=0)
     train(unet, range(2))
-    export.save_unet(merge_lora(unet), tmp_path / "unet", {})
+    save_unet(merge_lora(unet), tmp_path / "unet", {})
     save_lora(unet, tmp_path / "unet", {})
     pipeline = StableDiffusionPipeline.from_pretrained(base)
     pipeline.load_lora_weights(tmp_path / "unet")
@@ -197,7 +205,7 @@ def test_the_average_of_the_adapters_alone_is_kept_and_exported(unet, tmp_path):
     with average.applied():
         save_lora(unet, tmp_path, {})
         expected = predict(merge_lora(unet))
-    saved = load_file(tmp_path / WEIGHTS)
+    saved = load_file(tmp_path / LORA_WEIGHTS)
     for name, averaged in zip(trainable(unet), average.average, strict=True):
         assert torch.equal(saved["unet." + name.replace(".default", "")], averaged)
     assert not torch.allclose(predict(unet), expected, atol=1e-4)
@@ -230,7 +238,7 @@ def test_modules_that_cannot_have_an_adapter_are_refused(unet):
 def test_the_module_loads_no_text_model_no_vae_and_no_torchvision():
     script = """
 import sys
-import stages.lib.training.lora
+import stages.lib.training.unet
 unwanted = ("diffusers.models.autoencoders.", "diffusers.pipelines.stable_diffusion",
             "transformers.models.clip", "torchvision", "bitsandbytes")
 loaded = [name for name in sys.modules if name.startswith(unwanted)]
@@ -246,8 +254,8 @@ assert not loaded, loaded
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_the_exported_unet_is_what_safetensors_would_write(unet, tmp_path, memory_format):
     lineage = {"b": "2", "a": "words: \u00fc, \U0001f43b"}
-    export.save_unet(unet.to(memory_format=memory_format), tmp_path / "unet", lineage)
-    path = tmp_path / "unet" / export.WEIGHTS
+    save_unet(unet.to(memory_format=memory_format), tmp_path / "unet", lineage)
+    path = tmp_path / "unet" / WEIGHTS
     tensors = {name: tensor.contiguous() for name, tensor in unet.state_dict().items()}
     content, reference = path.read_bytes(), safetensors.torch.save(tensors, {"format": "pt", **lineage})
 
@@ -261,17 +269,17 @@ def test_the_exported_unet_is_what_safetensors_would_write(unet, tmp_path, memor
     assert list(header) == list(expected_header)
     assert list(header["__metadata__"]) == ["a", "b", "format"]
     assert data == expected_data
-    assert export.read_lineage(tmp_path / "unet") == {"format": "pt", **lineage}
+    assert read_lineage(tmp_path / "unet") == {"format": "pt", **lineage}
     loaded = load_file(path)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
-    export.save_unet(unet, tmp_path / "unet", lineage)
+    save_unet(unet, tmp_path / "unet", lineage)
     assert path.read_bytes() == content
 
 
 def test_any_precision_and_layout_is_written_as_float32(tmp_path):
     half, strided = torch.tensor([0.5, 1.5], dtype=torch.bfloat16), torch.arange(6.0)[::2]
     weights = {"half": half, "scalar": torch.tensor(2.0), "strided": strided}
-    export.write_safetensors(tmp_path / "w.safetensors", weights, {})
+    write_safetensors(tmp_path / "w.safetensors", weights, {})
     loaded = load_file(tmp_path / "w.safetensors")
     assert loaded["half"].dtype == torch.float32
     assert (loaded["half"].tolist(), loaded["scalar"].item()) == ([0.5, 1.5], 2.0)
@@ -288,5 +296,5 @@ def test_a_stopped_export_leaves_no_file_and_holds_one_tensor_at_a_time(tmp_path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export.write_safetensors(tmp_path / "w.safetensors", {"a": torch.zeros(100_000), "b": Stopped()}, {})
+        write_safetensors(tmp_path / "w.safetensors", {"a": torch.zeros(100_000), "b": Stopped()}, {})
     assert not list(tmp_path.iterdir())
