@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 from stages import encode_images, fetch_base, prepare  # noqa: E402
 from stages.lib.data.pairs import image_index, iter_images  # noqa: E402
 from stages.lib.data.sources import open_source  # noqa: E402
-from stages.lib.encoding.autoencoder import build_encoder  # noqa: E402
+from stages.lib.encoding.autoencoder import build_image_encoder  # noqa: E402
 from stages.lib.encoding.framing import allowed_sizes, frame_images  # noqa: E402
 from stages.lib.frame.params import Params, read_params  # noqa: E402
 from stages.lib.frame.start_up import keep_freed_memory  # noqa: E402
@@ -145,7 +145,7 @@ def bare_worker(barrier: object, done: object, num_batches: int) -> None:
     keep_freed_memory()
     torch.set_num_threads(1)
     options = read_params().encode_images
-    encode = build_encoder("cpu", "float32")
+    encode = build_image_encoder("cpu", "float32")
     images = list(itertools.islice(iter_images(encode_images.IMAGES), BATCH_SIZE))
     entries = image_index(encode_images.IMAGES)[:BATCH_SIZE]
     framed, _ = frame_images(entries, allowed_sizes(options), options)

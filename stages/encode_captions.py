@@ -21,7 +21,7 @@ from stages.lib.core.fingerprints import code_identity, environment, fingerprint
 from stages.lib.core.paths import BASE, ENCODE_CAPTIONS_METRICS, ENCODED_CAPTIONS, TOKENS
 from stages.lib.encoding.batches import Encoder, InProcess, compute_with_one_thread
 from stages.lib.encoding.engine import Item, encode_missing, processes
-from stages.lib.encoding.text_encoder import build_encoder
+from stages.lib.encoding.text_encoder import build_caption_encoder
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import EncodeCaptions, Params
 from stages.lib.frame.run import run_stage, work_root
@@ -66,7 +66,7 @@ def main(params: Params) -> None:
         "clip_skip": options.clip_skip,
         "dtype": options.dtype,
         "batch_size": options.batch_size,
-        "code": code_identity(build_encoder, InProcess, compute_with_one_thread),
+        "code": code_identity(build_caption_encoder, InProcess, compute_with_one_thread),
         **environment("transformers"),
     }
     store = WorkStore(work_root(), "encode_captions", recipe)
@@ -101,7 +101,7 @@ def encode(
         for index, (key, input_ids) in enumerate(zip(keys, windows, strict=True)):
             yield Item(key, repr(captions[index // num_chunks]), input_ids)
 
-    build = functools.partial(build_encoder, options.clip_skip)
+    build = functools.partial(build_caption_encoder, options.clip_skip)
     # Token ids are their own input: there is nothing to load.
     encoder = Encoder(np.asarray, build, options.batch_size, options.dtype)
     encode_missing(store, keys, items, encoder, "encode captions", "windows")

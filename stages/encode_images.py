@@ -22,7 +22,7 @@ from stages.lib.core.files import fresh_directory, write_json
 from stages.lib.core.fingerprints import code_identity, environment
 from stages.lib.core.paths import BASE, ENCODE_IMAGES_METRICS, ENCODING_REPORT, LATENTS, PAIR_IMAGES
 from stages.lib.data.pairs import image_index, read_images, scan_images
-from stages.lib.encoding.autoencoder import build_encoder
+from stages.lib.encoding.autoencoder import build_image_encoder
 from stages.lib.encoding.batches import Encoder, InProcess, compute_with_one_thread
 from stages.lib.encoding.engine import Item, encode_missing, processes
 from stages.lib.encoding.framing import (
@@ -80,7 +80,7 @@ def main(params: Params) -> None:
         "jpeg_draft": options.jpeg_draft,
         "dtype": options.dtype,
         "batch_size": options.batch_size,
-        "code": code_identity(build_encoder, load_view, InProcess, compute_with_one_thread),
+        "code": code_identity(build_image_encoder, load_view, InProcess, compute_with_one_thread),
         **environment("diffusers", "pillow"),
     }
     moments = WorkStore(work_root(), "encode_images", recipe)
@@ -162,7 +162,7 @@ def encode(moments: WorkStore, images: list[FramedImage], options: EncodeImages)
                 yield Item(key, f"{sample_id} ({name})", (content, view), image.size)
 
     load = functools.partial(load_view, options)
-    encoder = Encoder(load, build_encoder, options.batch_size, options.dtype)
+    encoder = Encoder(load, build_image_encoder, options.batch_size, options.dtype)
     unit = "images" if len(names) == 1 else "views"
     encode_missing(moments, all_keys(images), items, encoder, "encode images", unit)
 

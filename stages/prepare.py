@@ -18,7 +18,7 @@ from pathlib import Path
 from stages.lib.core.files import fresh_directory, write_json
 from stages.lib.core.paths import PAIR_CAPTIONS, PAIR_IMAGES, PAIRS, PREPARE_METRICS, REJECTED_PAIRS
 from stages.lib.data.images import UnusableImageError, stored_image
-from stages.lib.data.listing import Rejected, Row, Source
+from stages.lib.data.listing import PairSource, RejectedRow, SourceRow
 from stages.lib.data.pairs import (
     TRAIN,
     VALIDATION,
@@ -44,7 +44,7 @@ def main(params: Params) -> None:
     fresh_directory(PAIR_IMAGES)
     extraction = work_root() / "extracted" / Path.cwd().name
     with open_source(
-        Path(prepare.source), prepare.caption_column, prepare.render_resolution, extraction
+        Path(str(prepare.source)), prepare.caption_column, prepare.render_resolution, extraction
     ) as source:
         rows, rejected = first_rows(source, prepare.max_samples)
         report_rejected(rejected, len(rows), prepare)
@@ -76,7 +76,7 @@ def main(params: Params) -> None:
     logger.info("%s: %s", PAIRS, ", ".join(f"{name} {value}" for name, value in metrics.items()))
 
 
-def first_rows(source: Source, max_samples: int | None) -> tuple[list[Row], list[Rejected]]:
+def first_rows(source: PairSource, max_samples: int | None) -> tuple[list[SourceRow], list[RejectedRow]]:
     """The first ``max_samples`` rows by sample_id, and the rejected ones among them."""
     if max_samples is None or max_samples >= len(source.rows):
         return source.rows, source.rejected
@@ -84,17 +84,17 @@ def first_rows(source: Source, max_samples: int | None) -> tuple[list[Row], list
     return rows, [row for row in source.rejected if row.name <= rows[-1].sample_id]
 
 
-def store_images(sample_ids: list[str], read: Callable[[str], bytes]) -> tuple[list[str], list[Rejected]]:
+def store_images(sample_ids: list[str], read: Callable[[str], bytes]) -> tuple[list[str], list[RejectedRow]]:
     """Decode and store images, on all cores; the sample_ids stored, and what is broken."""
-    broken: list[Rejected] = []
+    broken: list[RejectedRow] = []
 
-    def decoded(sample_id: str) -> StoredImage | Rejected:
+    def decoded(sample_id: str) -> StoredImage | RejectedRow:
         try:
             return stored_image(read(sample_id))
         except OSError as error:
-            return Rejected(sample_id, f"cannot be read: {error.strerror}")
+            return RejectedRow(sample_id, f"cannot be read: {error.strerror}")
         except UnusableImageError as error:
-            return Rejected(sample_id, str(error))
+            return RejectedRow(sample_id, str(error))
 
     with (
         ThreadPoolExecutor(os.cpu_count() or 1) as pool,
@@ -105,7 +105,7 @@ def store_images(sample_ids: list[str], read: Callable[[str], bytes]) -> tuple[l
             for start in range(0, len(members), _DECODED_AHEAD):
                 for result in pool.map(decoded, members[start : start + _DECODED_AHEAD]):
                     progress.update()
-                    if isinstance(result, Rejected):
+                    if isinstance(result, RejectedRow):
                         broken.append(result)
                         yield None
                     else:
@@ -114,7 +114,7 @@ def store_images(sample_ids: list[str], read: Callable[[str], bytes]) -> tuple[l
         return write_images(PAIR_IMAGES, sample_ids, load), broken
 
 
-def report_rejected(rejected: list[Rejected], num_usable: int, prepare: Prepare) -> None:
+def report_rejected(rejected: list[RejectedRow], num_usable: int, prepare: Prepare) -> None:
     """Write rejected.jsonl; fail if nothing is usable or too much is not."""
     lines = [
         json.dumps({"name": row.name, "reason": row.reason}, ensure_ascii=False) + "\n" for row in rejected

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from stages.lib.data.sources import read_folder
-from stages.lib.evaluation.clip_features import image_features, load_clip
+from stages.lib.evaluation.measuring.clip_features import image_features, load_clip
 from tests.conftest import REPOSITORY
 from tiny.assemble import PREPROCESSOR
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image, ImageDraw
 
 from stages import encode_captions, encode_images, fetch_base, prepare, tokenize_captions, train
 from stages.lib.frame.params import Params, read_params
+from stages.lib.frame.sections.section import Section
 from tests.checkpoints import tiny_pipeline
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a thread for each process and for what it starts
@@ -150,12 +152,19 @@ def encoded(made_encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return tmp_path
 
 
+def changed(values: Any, **changes: object) -> Any:
+    """A copy of a section of the parameters, or of another frozen object, with other values."""
+    if isinstance(values, Section):
+        return values.model_copy(update=changes)
+    return dataclasses.replace(values, **changes)
+
+
 def run_train(**changes: object) -> None:
     """Train in this process with `SMALL` and ``changes`` of the train section."""
     params = read_params()
     AcceleratorState._reset_state(reset_partial_state=True)  # a process has one; each run is its own process
     with torch.random.fork_rng():
-        train.main(dataclasses.replace(params, train=dataclasses.replace(params.train, **changes)))
+        train.main(changed(params, train=changed(params.train, **changes)))
 
 
 def read_lineage(unet: Path = Path("data/unet")) -> dict[str, str]:

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from stages import encode_images, evaluate, prepare, tokenize_captions
+from stages import baseline, encode_images, evaluate, prepare, report, tokenize_captions
 from stages.lib.encoding.latents import read_latents
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import read_params
@@ -105,8 +105,9 @@ def test_a_run_trains_and_evaluates_on_buckets(shapes):
     shutil.rmtree(".work/train")
     run_train()
     assert content_fingerprint(Path("data/unet")) == first
-    evaluate.main(read_params(), "baseline")
-    evaluate.main(read_params(), "evaluate")
+    baseline.main(read_params())
+    evaluate.main(read_params())
+    report.main(read_params())
     metrics = read_json("data/evaluation/metrics.json")
     assert metrics["tuned_validation_loss"] != metrics["base_validation_loss"]
     sample = next(Path("data/evaluation/samples").rglob("*.png"))

@@ -1,7 +1,5 @@
 """The encode stages against diffusers and transformers called directly."""
 
-import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -18,10 +16,12 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
-from stages import encode_captions, encode_images, evaluate, prepare, tokenize_captions
+from stages import baseline, encode_captions, encode_images, prepare, tokenize_captions
+from stages.lib.core.fingerprints import code_identity
 from stages.lib.data.pairs import read_captions
 from stages.lib.encoding import autoencoder, text_encoder
 from stages.lib.encoding import engine as encoding
+from stages.lib.encoding.batches import InProcess, compute_with_one_thread
 from stages.lib.encoding.conditioning import read_conditioning
 from stages.lib.encoding.framing import Framing, Size
 from stages.lib.encoding.latents import read_latents
@@ -33,7 +33,7 @@ from stages.lib.store.blocks import Block
 from stages.lib.store.work_store import WorkStore
 from stages.lib.store.zarr_store import open_store, read_array
 from tests.checkpoints import edit_json
-from tests.conftest import REPOSITORY, content_fingerprint, draw_image, run_encoders, write_params
+from tests.conftest import REPOSITORY, changed, content_fingerprint, draw_image, run_encoders, write_params
 
 STOPPED = """
 import sys, time
@@ -155,16 +155,19 @@ def test_a_stage_verifies_what_it_wrote(encoded, monkeypatch, stage, array):
 
 
 @pytest.mark.parametrize(
-    ("stage", "modules", "packages"),
+    ("stage", "roots", "packages"),
     [
-        ("encode_images", ["autoencoder", "pixels"], ["torch", "diffusers", "pillow"]),
-        ("encode_captions", ["text_encoder"], ["torch", "transformers"]),
+        (
+            "encode_images",
+            [autoencoder.build_image_encoder, encode_images.load_view],
+            ["torch", "diffusers", "pillow"],
+        ),
+        ("encode_captions", [text_encoder.build_caption_encoder], ["torch", "transformers"]),
     ],
 )
-def test_rows_lie_under_the_code_and_the_libraries_that_made_them(encoded, stage, modules, packages):
+def test_rows_lie_under_the_code_and_the_libraries_that_made_them(encoded, stage, roots, packages):
     (recipe,) = (read_json(path) for path in Path(".work", stage).glob("*/recipe.json"))
-    code = b"".join((REPOSITORY / "stages" / "lib" / f"{name}.py").read_bytes() for name in modules)
-    assert recipe["code"] == hashlib.sha256(code).hexdigest()
+    assert recipe["code"] == code_identity(*roots, InProcess, compute_with_one_thread)
     assert {package: recipe[package] for package in packages} == {name: version(name) for name in packages}
     assert recipe["capability"] == torch.backends.cpu.get_cpu_capability()
 
@@ -243,13 +246,13 @@ def test_jpegs_are_decoded_as_the_params_say(project):
     jpeg = io.BytesIO()
     draw_image(0, (512, 512)).save(jpeg, "JPEG", subsampling=0)
     framing = Framing(Size(64, 64), 0, 0, Size(64, 64), False)
-    plain = dataclasses.replace(read_params().encode_images, jpeg_draft=False)
+    plain = changed(read_params().encode_images, jpeg_draft=False)
     image, draft = Image.open(jpeg), Image.open(jpeg)
     draft.draft("RGB", (64, 64))
     assert draft.size == (64, 64)
     for options, expected in [
         (plain, image.resize((64, 64), Image.Resampling.LANCZOS)),
-        (dataclasses.replace(plain, jpeg_draft=True), draft),
+        (changed(plain, jpeg_draft=True), draft),
     ]:
         found = encode_images.load_view(options, (jpeg.getvalue(), framing))
         assert np.array_equal(found, np.asarray(expected))
@@ -264,7 +267,7 @@ def test_stores_of_another_encoder_are_refused_where_the_encoder_is_at_hand(enco
         content = weights.read_bytes()
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(StageError, match=message + r".*run `dvc repro encode_(captions|images)`"):
-            evaluate.main(read_params(), "baseline")
+            baseline.main(read_params())
         weights.write_bytes(content)
 
 
@@ -332,7 +335,7 @@ def test_views_that_overflow_are_encoded_in_float32_and_counted(encoded, monkeyp
     overflowed: set[bytes] = set()
 
     def build_encoder(device, dtype):
-        encode = autoencoder.build_encoder(device, "float32")
+        encode = autoencoder.build_image_encoder(device, "float32")
 
         def overflowing(pictures):
             rows = encode(pictures)
@@ -344,7 +347,7 @@ def test_views_that_overflow_are_encoded_in_float32_and_counted(encoded, monkeyp
 
         return overflowing
 
-    monkeypatch.setattr(encode_images, "build_encoder", build_encoder)
+    monkeypatch.setattr(encode_images, "build_image_encoder", build_encoder)
     for _ in ("encoded", "kept"):
         encode_images.main(write_params(encode_images={"dtype": "bfloat16"}))
         assert 0 < len(overflowed) < 12
@@ -356,7 +359,7 @@ def test_windows_that_overflow_are_encoded_in_float32_and_counted(encoded, monke
     before = content_fingerprint(Path("data/captions.zarr"))
 
     def build_encoder(clip_skip, device, dtype):
-        encode = text_encoder.build_encoder(clip_skip, device, "float32")
+        encode = text_encoder.build_caption_encoder(clip_skip, device, "float32")
 
         def overflowing(input_ids):
             rows = encode(input_ids)
@@ -367,7 +370,7 @@ def test_windows_that_overflow_are_encoded_in_float32_and_counted(encoded, monke
 
         return overflowing
 
-    monkeypatch.setattr(encode_captions, "build_encoder", build_encoder)
+    monkeypatch.setattr(encode_captions, "build_caption_encoder", build_encoder)
     for _ in ("encoded", "kept"):
         encode_captions.main(write_params(encode_captions={"dtype": "bfloat16"}))
         assert read_json("data/encode_captions_metrics.json")["num_windows_redone_in_float32"] == 2
@@ -438,7 +441,7 @@ def test_caption_statistics(encoded):
 
 
 def test_changed_code_encodes_anew(encoded, monkeypatch):
-    monkeypatch.setattr(encode_images, "source_fingerprint", lambda *functions: "another")
+    monkeypatch.setattr(encode_images, "code_identity", lambda *functions: "another")
     encode_images.main(read_params())
     assert len(list(Path(".work/encode_images").iterdir())) == 2
 

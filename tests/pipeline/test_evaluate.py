@@ -1,7 +1,6 @@
 """Pictures equal a stock pipeline's, numbers equal a hand computation, and both formats run through."""
 
 import csv
-import dataclasses
 import itertools
 import json
 import shutil
@@ -16,17 +15,17 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from stages import evaluate, fetch_base
+from stages import baseline, evaluate, fetch_base, report
 from stages.lib.core.draws import generator
 from stages.lib.data.pairs import SampleCaptions, read_captions
-from stages.lib.drawing.grids import Row, draw_grid
+from stages.lib.drawing.grids import GridRow, draw_grid
 from stages.lib.encoding.conditioning import read_conditioning
 from stages.lib.encoding.latents import read_latents
-from stages.lib.evaluation import pictures as evaluation_pictures
-from stages.lib.evaluation.clip_features import image_features, load_clip, text_features
-from stages.lib.evaluation.distances import Nearest
-from stages.lib.evaluation.measurements import square
-from stages.lib.evaluation.pictures import (
+from stages.lib.evaluation.measuring import pictures as evaluation_pictures
+from stages.lib.evaluation.measuring.clip_features import image_features, load_clip, text_features
+from stages.lib.evaluation.measuring.measure import square
+from stages.lib.evaluation.measuring.nearest import Nearest
+from stages.lib.evaluation.measuring.pictures import (
     MadePicture,
     learning,
     nearest_pairs,
@@ -36,16 +35,17 @@ from stages.lib.evaluation.pictures import (
     side_by_side,
     sweep,
 )
-from stages.lib.evaluation.rendering import Rendered, load_renderer, settings
+from stages.lib.evaluation.measuring.rendering import Rendered, load_renderer, settings
 from stages.lib.frame.params import read_params
-from stages.lib.training.unet import read_lineage
 from tests.checkpoints import edit_json, sd15_like, sd21_like
 from tests.clips import bundled_clip
 from tests.conftest import (
     REPOSITORY,
+    changed,
     content_fingerprint,
     draw_image,
     make_project,
+    read_lineage,
     run_encoders,
     run_train,
     write_params,
@@ -64,8 +64,9 @@ def finished(tmp_path_factory):
         fetch_base.main(params)
         run_encoders(params)
         run_train(learning_rate=1e-2)
-        evaluate.main(params, "baseline")
-        evaluate.main(params, "evaluate")
+        baseline.main(params)
+        evaluate.main(params)
+        report.main(params)
     return root
 
 
@@ -105,8 +106,9 @@ def test_base_and_tuned_differ_and_a_second_run_is_identical(evaluated):
     name = "samples/base_guidance3_steps2/prompt00_seed0.png"
     assert Path("data/baseline", name).read_bytes() != Path("data/evaluation", name).read_bytes()
     first = content_fingerprint(Path("data/evaluation")), content_fingerprint(Path("data/baseline"))
-    evaluate.main(read_params(), "baseline")
-    evaluate.main(read_params(), "evaluate")
+    baseline.main(read_params())
+    evaluate.main(read_params())
+    report.main(read_params())
     assert (content_fingerprint(Path("data/evaluation")), content_fingerprint(Path("data/baseline"))) == first
 
 
@@ -186,20 +188,20 @@ def enlarged(picture: str | Path | Image.Image) -> np.ndarray:
 
 
 @pytest.fixture
-def tables(monkeypatch) -> list[tuple[str, list[str], list[Row]]]:
+def tables(monkeypatch) -> list[tuple[str, list[str], list[GridRow]]]:
     """Title, headings and rows of what is drawn."""
     drawn = []
 
     def record(title, columns, rows):
         drawn.append((title, list(columns), list(rows)))
-        return draw_grid(title, columns, [Row(row.label, [None]) for row in rows])
+        return draw_grid(title, columns, [GridRow(row.label, [None]) for row in rows])
 
     monkeypatch.setattr(evaluation_pictures, "draw_grid", record)
     return drawn
 
 
 def test_each_picture_of_grid_and_sweep_is_what_its_labels_say(tmp_path, tables):
-    options = dataclasses.replace(
+    options = changed(
         read_params(REPOSITORY / "params.yaml").evaluate,
         prompts=("cat", "dog"),
         seeds=(3, 5),
@@ -302,9 +304,7 @@ def test_a_strip_of_a_sampler_with_a_step_more_ends_in_the_picture(project, tabl
     edit_json(
         Path("data/base/scheduler/scheduler_config.json"), _class_name="PNDMScheduler", skip_prk_steps=True
     )
-    options = dataclasses.replace(
-        read_params().evaluate, num_inference_steps=(4,), denoising_every_steps=2, seeds=(7, 1)
-    )
+    options = changed(read_params().evaluate, num_inference_steps=(4,), denoising_every_steps=2, seeds=(7, 1))
     base = Path("data/base")
     renderer = load_renderer(base, base / "unet", options, options.prompts, 64, None, 1)
     save_samples(renderer, options, Path("drawn"))
@@ -330,7 +330,7 @@ def test_each_metric_picture_starts_from_noise_of_its_own(tmp_path, monkeypatch)
     monkeypatch.setattr(evaluation_pictures, "render", render)
     options = read_params(REPOSITORY / "params.yaml").evaluate
     samples = [SampleCaptions(f"{number}.png", ("cat",), "validation") for number in range(5)]
-    other_seed = dataclasses.replace(options, seeds=(8,))
+    other_seed = changed(options, seeds=(8,))
     for some, how in ((samples, options), (samples[3:], options), (samples, other_seed)):
         save_metric_pictures(None, how, some, tmp_path / "pictures")
     all_of_them, few, reseeded = requests
@@ -343,8 +343,9 @@ def test_what_is_switched_off_says_so_in_its_place(evaluated):
     shutil.rmtree("data/training/previews")
     params = write_params(evaluate={"denoising_every_steps": None, "bootstrap_resamples": 100})
     shutil.rmtree("data/base/clip")
-    evaluate.main(params, "baseline")
-    evaluate.main(params, "evaluate")
+    baseline.main(params)
+    evaluate.main(params)
+    report.main(params)
     for name in ("evaluation/learning.png", "evaluation/nearest.png", "baseline/denoising.png"):
         message = np.asarray(Image.open(f"data/{name}"))
         assert message.shape[0] < 60 and (message < 128).any()
@@ -443,7 +444,7 @@ def test_nearest_pairs_are_drawn_the_nearest_first_each_with_the_image_it_names(
 
 def test_another_batch_size_gives_the_same_numbers(evaluated):
     before = {name: value or 0.0 for name, value in read_json("data/baseline/metrics.json").items()}
-    evaluate.main(write_params(evaluate=TWO_SETTINGS | {"batch_size": 5}), "baseline")
+    baseline.main(write_params(evaluate=TWO_SETTINGS | {"batch_size": 5}))
     after = {name: value or 0.0 for name, value in read_json("data/baseline/metrics.json").items()}
     assert after == pytest.approx(before, rel=1e-3, abs=1e-4)
 
@@ -451,7 +452,8 @@ def test_another_batch_size_gives_the_same_numbers(evaluated):
 def test_another_prediction_is_sampled_with_its_scheduler_and_not_compared(evaluated):
     edit_json(Path("data/unet/scheduler_config.json"), prediction_type="v_prediction")
     before = Path("data/evaluation/samples/base_guidance3_steps2/prompt00_seed0.png").read_bytes()
-    evaluate.main(read_params(), "evaluate")
+    evaluate.main(read_params())
+    report.main(read_params())
     assert Path("data/evaluation/samples/base_guidance3_steps2/prompt00_seed0.png").read_bytes() != before
     metrics = read_json("data/evaluation/metrics.json")
     assert metrics["validation_loss_change"] is None and metrics["tuned_validation_loss"] > 0
@@ -483,7 +485,7 @@ def test_a_vae_with_a_shift_is_measured_and_drawn_with_it(project):
     params = read_params()
     fetch_base.main(params)
     run_encoders(params)
-    evaluate.main(params, "baseline")
+    baseline.main(params)
     loss = read_json("data/baseline/metrics.json")["base_validation_loss"]
     assert loss == pytest.approx(held_out_loss("data/base/unet", 0.25), rel=1e-5)
     assert loss != pytest.approx(held_out_loss("data/base/unet"), rel=1e-4)
@@ -492,13 +494,13 @@ def test_a_vae_with_a_shift_is_measured_and_drawn_with_it(project):
 
 def test_pictures_do_not_depend_on_the_other_prompts(evaluated):
     before = Path("data/baseline/samples/base_guidance3_steps2/prompt01_seed1.png").read_bytes()
-    evaluate.main(write_params(evaluate={"prompts": ["rocket", "a dog of a rocket", "heart"]}), "baseline")
+    baseline.main(write_params(evaluate={"prompts": ["rocket", "a dog of a rocket", "heart"]}))
     assert Path("data/baseline/samples/base_guidance3_steps2/prompt01_seed1.png").read_bytes() == before
 
 
 def test_long_labels_are_wrapped_inside_their_cell():
     picture = Image.new("RGB", (64, 64))
-    grid = draw_grid("t", ["a" * 60], [Row("word " * 30, [picture]), Row("x" * 90, [None])])
+    grid = draw_grid("t", ["a" * 60], [GridRow("word " * 30, [picture]), GridRow("x" * 90, [None])])
     assert grid.size[0] == 150 + 134 + 6
     assert (np.asarray(grid)[-130:-2, 145:149] == 255).all()
 
@@ -533,8 +535,9 @@ def test_both_common_formats_run_through_to_a_grid(project, form):
     params = write_params(prepare={"source": str(source)})
     run_encoders(params)
     run_train()
-    evaluate.main(params, "baseline")
-    evaluate.main(params, "evaluate")
+    baseline.main(params)
+    evaluate.main(params)
+    report.main(params)
     assert read_json("data/prepare_metrics.json")["num_samples"] == 10
     assert Image.open("data/evaluation/grids/base_guidance3_steps2.png").width > 600
     assert read_json("data/evaluation/metrics.json")["tuned_validation_loss"] > 0
@@ -552,8 +555,9 @@ def test_stable_diffusion_checkpoints_run_through(project, build, prediction_typ
     fetch_base.main(params)
     run_encoders(params)
     run_train()
-    evaluate.main(params, "baseline")
-    evaluate.main(params, "evaluate")
+    baseline.main(params)
+    evaluate.main(params)
+    report.main(params)
     assert read_latents().buckets[0].mean.shape == (12, 1, 4, 8, 8)
     assert read_latents().scaling_factor == pytest.approx(0.18215)
     assert read_lineage(Path("data/unet"))["prediction_type"] == prediction_type

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import hashlib
 import json
@@ -19,6 +18,7 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
+from diffusers import DDPMScheduler
 from huggingface_hub.errors import (
     GatedRepoError,
     OfflineModeIsEnabled,
@@ -27,14 +27,14 @@ from huggingface_hub.errors import (
 )
 
 from stages import fetch_base
-from stages.lib.evaluation.clip_features import load_clip
+from stages.lib.evaluation.measuring.clip_features import load_clip
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Params, read_params
-from stages.lib.models import layout as base_model
+from stages.lib.models import loaders
 from stages.lib.models.weights import component_fingerprint
 from tests.checkpoints import edit_json, reshard, sd15_like, sd21_like, tiny_pipeline
 from tests.clips import bundled_clip
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, changed
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BASE = Path("data/base")
@@ -51,7 +51,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def params_with(**changes: Any) -> Params:
     params = read_params(REPOSITORY / "params.yaml")
-    return dataclasses.replace(params, fetch_base=dataclasses.replace(params.fetch_base, **changes))
+    return changed(params, fetch_base=changed(params.fetch_base, **changes))
 
 
 def fetch(source: Path, **changes: Any) -> None:
@@ -155,14 +155,14 @@ def test_true_configs_load_as_a_stock_pipeline(
     fetch(published)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(BASE, local_files_only=True)
     assert pipeline.safety_checker is None and pipeline.feature_extractor is None
-    assert pipeline.tokenizer.pad_token_id == pad_id == base_model.load_tokenizer(BASE).pad_token_id
+    assert pipeline.tokenizer.pad_token_id == pad_id == loaders.load_tokenizer(BASE).pad_token_id
     assert pipeline.text_encoder.config.hidden_act == hidden_act
     assert type(pipeline.scheduler).__name__ == scheduler
     assert pipeline.scheduler.config.prediction_type == prediction_type
     assert pipeline.vae.config.scaling_factor == 0.18215
-    assert_same_weights(base_model.load_text_encoder(BASE), pipeline.text_encoder)
-    assert_same_weights(base_model.load_vae(BASE), pipeline.vae)
-    assert_same_weights(base_model.load_unet(BASE), pipeline.unet)
+    assert_same_weights(loaders.load_text_encoder(BASE), pipeline.text_encoder)
+    assert_same_weights(loaders.load_vae(BASE), pipeline.vae)
+    assert_same_weights(loaders.load_unet(BASE), pipeline.unet)
 
     # Against the published tensors themselves, by their published names.
     text = safetensors.torch.load_file(published / "text_encoder/model.safetensors")
@@ -182,15 +182,15 @@ def test_loaders_give_float32_in_eval_mode_whatever_the_file_holds(source: Path)
         safetensors.torch.save_file(halves, file, {"format": "pt"})
     edit_json(source / "text_encoder/config.json", torch_dtype="float16")
     fetch(source)
-    for load in (base_model.load_text_encoder, base_model.load_vae, base_model.load_unet):
+    for load in (loaders.load_text_encoder, loaders.load_vae, loaders.load_unet):
         model = load(BASE)
         assert not model.training
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_load_scheduler_keeps_the_base_schedule(source: Path, tmp_path: Path) -> None:
+def test_the_scheduler_keeps_the_base_schedule(source: Path, tmp_path: Path) -> None:
     fetch(sd21_like(tmp_path / "published"))
-    scheduler = base_model.load_scheduler(BASE)
+    scheduler = DDPMScheduler.from_pretrained(BASE / "scheduler")
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     assert torch.allclose(scheduler.alphas_cumprod.double(), torch.cumprod(1 - betas, 0), atol=1e-6)
     assert scheduler.config.prediction_type == "v_prediction"
@@ -200,11 +200,10 @@ def test_training_loads_neither_text_encoder_nor_vae(source: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from stages.lib.models import layout as base_model
+from stages.lib.models import loaders
 heavy = {{"torch", "diffusers", "transformers", "PIL"}} & set(sys.modules)
-assert not heavy, f"importing base_model loads {{heavy}}"
-base_model.load_unet(Path({str(source)!r}))
-base_model.load_scheduler(Path({str(source)!r}))
+assert not heavy, f"importing loaders loads {{heavy}}"
+loaders.load_unet(Path({str(source)!r}))
 print(*sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
@@ -240,18 +239,18 @@ def test_plain_weights_are_preferred(source: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_sharded_weights_load(source: Path, tmp_path: Path) -> None:
-    expected = base_model.load_unet(source)
+    expected = loaders.load_unet(source)
     reshard(source / "unet", 3)
     fetch(source)
     assert len(list((BASE / "unet").glob("*.safetensors"))) == 3
-    assert_same_weights(base_model.load_unet(BASE), expected)
+    assert_same_weights(loaders.load_unet(BASE), expected)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(BASE, local_files_only=True)
     assert_same_weights(pipeline.unet, expected)
 
 
 @pytest.mark.parametrize("infix_first", [True, False])
 def test_sharded_fp16_weights_get_plain_names(source: Path, infix_first: bool) -> None:
-    expected = base_model.load_text_encoder(source)
+    expected = loaders.load_text_encoder(source)
     component = source / "text_encoder"
     reshard(component)
     renamed = {}
@@ -267,7 +266,7 @@ def test_sharded_fp16_weights_get_plain_names(source: Path, infix_first: bool) -
     (component / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
     fetch(source)
     assert not list(BASE.glob("*/*fp16*"))
-    assert_same_weights(base_model.load_text_encoder(BASE), expected)
+    assert_same_weights(loaders.load_text_encoder(BASE), expected)
 
 
 def test_a_missing_shard_is_named(source: Path) -> None:
@@ -385,9 +384,9 @@ def test_a_damaged_config_is_named(source: Path) -> None:
 
 def test_weights_that_lack_a_tensor_are_never_left_random(source: Path) -> None:
     for component, load in (
-        ("unet", base_model.load_unet),
-        ("vae", base_model.load_vae),
-        ("text_encoder", base_model.load_text_encoder),
+        ("unet", loaders.load_unet),
+        ("vae", loaders.load_vae),
+        ("text_encoder", loaders.load_text_encoder),
     ):
         (file,) = (source / component).glob("*.safetensors")
         tensors = safetensors.torch.load_file(file)
@@ -399,7 +398,7 @@ def test_weights_that_lack_a_tensor_are_never_left_random(source: Path) -> None:
 
 def test_loading_what_is_not_there_names_the_stage(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="dvc repro fetch_base"):
-        base_model.load_unet(tmp_path)
+        loaders.load_unet(tmp_path)
 
 
 # --- a CLIP to measure with

@@ -8,7 +8,6 @@ import json
 import logging
 import shutil
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ import pytest
 from PIL import Image
 
 from stages import prepare
+from stages.lib.core import paths
 from stages.lib.data.pairs import image_index, iter_images, read_captions
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Params, read_params
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, changed
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def params_for(source: str, **values: Any) -> Params:
     params = read_params(REPOSITORY / "params.yaml")
-    return replace(params, prepare=replace(params.prepare, source=source, **values))
+    return changed(params, prepare=changed(params.prepare, source=source, **values))
 
 
 def make_image(path: Path, seed: int) -> None:
@@ -64,23 +64,23 @@ def images(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def metrics() -> dict[str, int]:
-    return json.loads(prepare.METRICS.read_text())
+    return json.loads(paths.PREPARE_METRICS.read_text())
 
 
 def rejected() -> list[dict[str, str]]:
-    return [json.loads(line) for line in prepare.REJECTED.read_text().splitlines()]
+    return [json.loads(line) for line in paths.REJECTED_PAIRS.read_text().splitlines()]
 
 
 def test_a_folder_becomes_pairs() -> None:
     source = image_set(100)
     (Path(source) / "spare.png").write_bytes(b"")
     prepare.main(params_for(source))
-    samples = read_captions(prepare.CAPTIONS)
+    samples = read_captions(paths.PAIR_CAPTIONS)
     names = [f"{number:03d}.png" for number in range(100)]
     assert [sample.sample_id for sample in samples] == names
-    assert [entry.sample_id for entry in image_index(prepare.IMAGES)] == names
+    assert [entry.sample_id for entry in image_index(paths.PAIR_IMAGES)] == names
     assert samples[7].captions == ("number 7",)
-    assert all(image == (Path(source) / name).read_bytes() for name, image in iter_images(prepare.IMAGES))
+    assert all(image == (Path(source) / name).read_bytes() for name, image in iter_images(paths.PAIR_IMAGES))
     held_out = sum(sample.split == "validation" for sample in samples)
     assert 0 < held_out < 30
     assert metrics() == {
@@ -98,7 +98,7 @@ def test_the_same_source_gives_the_same_bytes() -> None:
     source = params_for(image_set(30))
     prepare.main(source)
     first = outputs()
-    (prepare.PAIRS / "left over").write_text("by an earlier run")
+    (paths.PAIRS / "left over").write_text("by an earlier run")
     prepare.main(source)
     assert outputs() == first
 
@@ -125,9 +125,9 @@ def test_an_edited_caption_leaves_the_images() -> None:
 
 def test_new_images_move_nobody_and_touch_few_shards() -> None:
     prepare.main(params_for(image_set(100)))
-    before, splits = outputs(), {row.sample_id: row.split for row in read_captions(prepare.CAPTIONS)}
+    before, splits = outputs(), {row.sample_id: row.split for row in read_captions(paths.PAIR_CAPTIONS)}
     prepare.main(params_for(image_set(101)))
-    after = {row.sample_id: row.split for row in read_captions(prepare.CAPTIONS)}
+    after = {row.sample_id: row.split for row in read_captions(paths.PAIR_CAPTIONS)}
     assert after.items() >= splits.items()
     assert len(after) == 101
     old, new = images(before), images(outputs())
@@ -148,7 +148,7 @@ def test_rejected_rows_are_listed_and_counted() -> None:
     ]
     assert metrics()["num_rejected"] == 4
     assert metrics()["num_samples"] == 28
-    assert "007.png" not in [sample.sample_id for sample in read_captions(prepare.CAPTIONS)]
+    assert "007.png" not in [sample.sample_id for sample in read_captions(paths.PAIR_CAPTIONS)]
 
 
 def test_too_many_rejected_fail_and_stay_readable() -> None:
@@ -192,14 +192,16 @@ def test_several_captions_make_one_sample() -> None:
     with open("set/metadata.csv", "a") as handle:
         handle.write("000.png,a second\n000.png,number 0\n")
     prepare.main(params_for(source))
-    assert read_captions(prepare.CAPTIONS)[0].captions == ("number 0", "a second")
+    assert read_captions(paths.PAIR_CAPTIONS)[0].captions == ("number 0", "a second")
     assert (metrics()["num_samples"], metrics()["num_captions"]) == (12, 13)
 
 
 def test_max_samples_takes_the_first_and_judges_them_alone() -> None:
     source = image_set(20, captions={"zzz.png": "gone", "000.png": ""})
     prepare.main(params_for(source, max_samples=9, max_rejected_fraction=0.1))
-    assert [row.sample_id for row in read_captions(prepare.CAPTIONS)] == [f"00{n}.png" for n in range(1, 10)]
+    assert [row.sample_id for row in read_captions(paths.PAIR_CAPTIONS)] == [
+        f"00{n}.png" for n in range(1, 10)
+    ]
     assert [row["name"] for row in rejected()] == ["000.png"]
 
 
@@ -227,11 +229,11 @@ def test_failure_removes_what_was_extracted(workplace: Path) -> None:
 def test_openmoji_is_rendered_and_captioned() -> None:
     source = str(REPOSITORY / "data" / "openmoji")
     prepare.main(params_for(source, render_resolution=24, max_samples=40))
-    _, image = next(iter_images(prepare.IMAGES))
+    _, image = next(iter_images(paths.PAIR_IMAGES))
     with Image.open(io.BytesIO(image)) as opened:
         assert (opened.format, opened.mode, opened.size) == ("PNG", "RGB", (24, 24))
         assert opened.getpixel((0, 0)) == (255, 255, 255)
-    assert read_captions(prepare.CAPTIONS)[0].captions == ("keycap #",)
+    assert read_captions(paths.PAIR_CAPTIONS)[0].captions == ("keycap #",)
     assert metrics()["num_samples"] == 40
 
 
@@ -240,7 +242,7 @@ def test_hugging_face_datasets_decodes_the_images(monkeypatch: pytest.MonkeyPatc
     datasets = pytest.importorskip("datasets")
     source = image_set(70)
     prepare.main(params_for(source))
-    files = sorted(map(str, prepare.IMAGES.glob("*.parquet")))
+    files = sorted(map(str, paths.PAIR_IMAGES.glob("*.parquet")))
     rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir="cache")
     assert isinstance(rows.features["image"], datasets.Image)
     assert len(rows) == 70

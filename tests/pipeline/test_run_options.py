@@ -1,6 +1,5 @@
 """Options of a training run, end to end: each changes what it should and nothing else."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from stages import train
 from stages.lib.core.draws import generator
 from stages.lib.core.paths import ENCODED_CAPTIONS
 from stages.lib.data.pairs import read_captions
-from stages.lib.diffusion.validation import HeldOutLosses
+from stages.lib.diffusion.held_out import HeldOutLosses
 from stages.lib.encoding.conditioning import read_conditioning
 from stages.lib.encoding.latents import LATENTS, read_latents
 from stages.lib.frame.errors import StageError
@@ -39,6 +38,7 @@ from stages.lib.training.learner import prepare
 from stages.lib.training.unet import build_unet
 from tests.conftest import (
     REPOSITORY,
+    changed,
     content_fingerprint,
     read_lineage,
     run_encoders,
@@ -329,11 +329,11 @@ def test_live_weights_or_the_average_are_exported_validated_and_previewed(encode
 
 def test_the_average_is_kept_as_asked_for_and_updated_once_a_step(encoded):
     changes = {"ema_decay": 0.9, "ema_power": 0.7, "ema_update_after_step": 3}
-    options = dataclasses.replace(read_params().train, **changes)
+    options = changed(read_params().train, **changes)
     linear, accelerator = torch.nn.Linear(1, 1), Accelerator(cpu=True)
     ema = prepare(accelerator, linear, None, options, 6).ema
     assert (ema.max_decay, ema.power, ema.update_after_step) == (0.9, 0.7, 3)
-    assert prepare(accelerator, linear, None, dataclasses.replace(options, use_ema=False), 6).ema is None
+    assert prepare(accelerator, linear, None, changed(options, use_ema=False), 6).ema is None
     run_train(**changes)
     (path,) = Path(".work/train").rglob("step-00000006.pt")
     assert torch.load(path, weights_only=True)["ema"]["num_updates"] == 6
@@ -373,7 +373,7 @@ def test_adapters_resume_bit_for_bit(encoded):
 def test_activations_are_computed_again_only_if_asked_for(encoded):
     options = read_params().train
     assert not build_unet(Path("data/base"), options).is_gradient_checkpointing
-    options = dataclasses.replace(options, gradient_checkpointing=True)
+    options = changed(options, gradient_checkpointing=True)
     assert build_unet(Path("data/base"), options).is_gradient_checkpointing
 
 

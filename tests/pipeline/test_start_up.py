@@ -57,11 +57,10 @@ def test_one_new_image_loads_diffusers_without_what_it_finds_beside_it(encoded):
 
 
 RENDER = """
-import dataclasses
 from pathlib import Path
 from stages.lib.frame.params import read_params
-from stages.lib.evaluation.rendering import Request, Setting, load_renderer, render
-options = dataclasses.replace(read_params().evaluate, batch_size=1)
+from stages.lib.evaluation.measuring.rendering import Request, Setting, load_renderer, render
+options = read_params().evaluate.model_copy(update={"batch_size": 1})
 base = Path("data/base")
 renderer = load_renderer(base, base / "unet", options, ["red cat"], 64, None, 1)
 list(render(renderer, Setting("base", 3.0, 3), [Request("red cat", 0)], "pictures"))
@@ -85,7 +84,7 @@ def test_rendering_loads_scipy_for_the_samplers_that_compute_with_it(project, sc
 
 def test_a_clip_is_loaded_without_scipy():
     loaded = libraries_after(
-        "from pathlib import Path; from stages.lib.evaluation.clip_features import load_clip\n"
+        "from pathlib import Path; from stages.lib.evaluation.measuring.clip_features import load_clip\n"
         f"load_clip(Path({str(REPOSITORY / 'data/tiny/clip')!r}))"
     )
     assert "transformers" in loaded and "scipy" not in loaded

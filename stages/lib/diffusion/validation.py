@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stages.lib.core.draws import generator
 from stages.lib.data.pairs import VALIDATION, SampleCaptions
+from stages.lib.diffusion.held_out import HeldOutLosses
 from stages.lib.diffusion.loss import denoising_target, sample_losses
 from stages.lib.diffusion.noise import sample_latents
 from stages.lib.encoding.conditioning import Conditioning
@@ -21,46 +19,6 @@ from stages.lib.frame.params import Train, Validation
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-NUM_BINS = 4  # of the noise schedule, whose losses are told apart
-
-
-@dataclass(frozen=True)
-class HeldOutLosses:
-    """Unweighted denoising losses of held-out samples.
-
-    Attributes:
-        sample_ids: S names; none where no sample is held out.
-        timesteps: T, evenly spaced.
-        losses: (S, T) float64 on the CPU.
-        num_train_timesteps: length of the noise schedule.
-    """
-
-    sample_ids: list[str]
-    timesteps: list[int]
-    losses: torch.Tensor
-    num_train_timesteps: int
-
-    def summary(self) -> dict[str, float]:
-        """``validation_loss``, the mean over everything, and that of each quarter of the noise schedule.
-
-        A quarter is named by its timesteps, ``validation_loss_t0_249``; one without a timestep is
-        left out. Empty if no sample is held out.
-        """
-        if not self.sample_ids:
-            return {}
-        means = {"validation_loss": _mean(self.losses)}
-        for first, last, columns in self.bins():
-            means[f"validation_loss_t{first}_{last}"] = _mean(self.losses[:, columns])
-        return means
-
-    def bins(self) -> Iterator[tuple[int, int, list[int]]]:
-        """First and last timestep of each quarter, and the columns of ``losses`` that lie in it."""
-        edges = [self.num_train_timesteps * part // NUM_BINS for part in range(NUM_BINS + 1)]
-        for start, stop in itertools.pairwise(edges):
-            columns = [index for index, timestep in enumerate(self.timesteps) if start <= timestep < stop]
-            if columns:
-                yield start, stop - 1, columns
 
 
 def evenly_spaced_timesteps(num_timesteps: int, num_train_timesteps: int) -> list[int]:
@@ -133,10 +91,6 @@ def validation_losses(
             found = sample_losses(model_pred, target).cpu().double()
             losses[[row_of[sample.sample_id] for sample in batch], column] = found
     return HeldOutLosses(list(row_of), timesteps, losses, num_train_timesteps)
-
-
-def _mean(losses: torch.Tensor) -> float:
-    return math.fsum(losses.flatten().tolist()) / losses.numel()
 
 
 def _batches_of_one_shape(

@@ -17,14 +17,16 @@ PAPER, INK, MISSING = "#ffffff", "#1b1b1b", "#e6e6e6"
 
 
 @dataclass(frozen=True)
-class Row:
+class GridRow:
     """One line of a grid: its label and its pictures; None leaves a grey cell."""
 
     label: str
     pictures: Sequence[Image.Image | None]
 
 
-def draw_grid(title: str, columns: Sequence[str], rows: Sequence[Row], label_width: int = 150) -> Image.Image:
+def draw_grid(
+    title: str, columns: Sequence[str], rows: Sequence[GridRow], label_width: int = 150
+) -> Image.Image:
     """A table of pictures with a title, a heading over each column and a label beside each row.
 
     Pictures keep their proportions; small ones are enlarged to 128 pixels without smoothing, so
@@ -83,7 +85,7 @@ def _line(left: int, top: int, number: int, text: str) -> Label:
     return Label(left, top + LINE * number, text, LABEL_SIZE)
 
 
-def _cell_side(rows: Sequence[Row]) -> int:
+def _cell_side(rows: Sequence[GridRow]) -> int:
     sides = [max(picture.size) for row in rows for picture in row.pictures if picture is not None]
     return min(256, max(128, *sides)) if sides else 128
 

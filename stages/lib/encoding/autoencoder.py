@@ -32,7 +32,7 @@ def place_vae(device: str, dtype: str) -> AutoencoderKL:
     return vae if dtype == "float32" else vae.to(getattr(torch, dtype))
 
 
-def build_encoder(device: str, dtype: str) -> Callable[[Sequence[np.ndarray]], list[Row]]:
+def build_image_encoder(device: str, dtype: str) -> Callable[[Sequence[np.ndarray]], list[Row]]:
     """Pictures (height, width, 3) uint8 of one shape -> mean and logvar, (4, h, w) float16, unscaled."""
     vae = place_vae(device, dtype)
 

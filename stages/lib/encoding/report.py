@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from stages.lib.core.draws import unit_interval
-from stages.lib.drawing.grids import Row, draw_grid
+from stages.lib.drawing.grids import GridRow, draw_grid
 from stages.lib.encoding.framing import FramedImage, LeftOut
 
 NUM_WORST = 8
@@ -63,7 +63,7 @@ def draw_reconstructions(
 ) -> Image.Image:
     """Each picture, (height, width, 3) uint8, beside what the VAE makes of it, with name and scores."""
     rows = [
-        Row(
+        GridRow(
             f"{each.sample_id} PSNR {each.psnr:.1f} dB, SSIM {each.ssim:.2f}",
             [Image.fromarray(picture), Image.fromarray(each.decoded)],
         )

@@ -17,7 +17,7 @@ from stages.lib.models.loaders import load_text_encoder
 from stages.lib.store.blocks import Row
 
 
-def build_encoder(
+def build_caption_encoder(
     clip_skip: int | None, device: str, dtype: str
 ) -> Callable[[Sequence[np.ndarray]], list[Row]]:
     """The text encoder as a function of input_ids (77,) int32 -> encoder_hidden_states (77, D) float16."""

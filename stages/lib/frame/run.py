@@ -92,7 +92,7 @@ def _run_main(name: str, declared: tuple[str, ...], main: Callable[[Params], Non
     try:
         params = read_params()
         code = _hashed_code()
-        main(params)
+        main(params.only(declared))
         _check_unmoved(name, declared, params, code)
     finally:
         if process_index() == 0:

@@ -6,11 +6,10 @@ needs and nothing more, so that training loads neither the text encoder nor the 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from stages.lib.core.files import write_json
+from stages.lib.core.files import read_json, write_json
 from stages.lib.frame.errors import StageError
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
@@ -45,16 +44,8 @@ _DEFAULT_VAE_CONFIG = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object from ``path``; StageError if it is absent or something else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StageError(f"{path}: not found") from error
-    except ValueError as error:
-        raise StageError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise StageError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
+    """A config of a component; StageError if it is absent or no JSON object."""
+    return read_json(path)
 
 
 def scaling_factor(vae_config: dict[str, Any]) -> float:

@@ -11,7 +11,6 @@ from stages.lib.models.layout import component_directory
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
     from transformers import CLIPTextModel, CLIPTokenizer
 
 
@@ -46,16 +45,6 @@ def load_unet(base: Path) -> UNet2DConditionModel:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return _load_model(UNet2DConditionModel, component_directory(base, "unet"), torch_dtype=torch.float32)
-
-
-def load_scheduler(base: Path) -> DDPMScheduler:
-    """Betas, prediction_type and the training mathematics of the base's scheduler, whatever its class.
-
-    For `add_noise` and `get_velocity`; sample with the scheduler that the base names.
-    """
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-    return DDPMScheduler.from_pretrained(component_directory(base, "scheduler"), local_files_only=True)
 
 
 def _load_model(model_class: Any, directory: Path, **dtype: Any) -> Any:

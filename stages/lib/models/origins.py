@@ -62,13 +62,15 @@ class HubOrigin:
 Origin = DirectoryOrigin | HubOrigin
 
 
-def open_origin(kind: str, directory: str, hub_id: str | None, revision: str | None) -> Origin:
+def open_origin(kind: str, directory: str | None, hub_id: str | None, revision: str | None) -> Origin:
     """List what a source holds.
 
     Raises:
         StageError: if it does not exist, or cannot be reached and is not in the Hub cache.
     """
     if kind == "directory":
+        if not directory:
+            raise StageError(f"fetch_base: source directory needs a path, got {directory!r}")
         root = Path(directory)
         if not root.is_dir():
             raise StageError(f"{root}: not found; expected a diffusers directory")

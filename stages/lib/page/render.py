@@ -47,7 +47,7 @@ MISSING = object()
 ENLARGED_BELOW = 128  # pixels; smaller pictures are enlarged without smoothing
 
 
-class Source(NamedTuple):
+class PictureSource(NamedTuple):
     """Pictures of one UNet, under the label and colour that the page gives it."""
 
     label: str
@@ -141,7 +141,7 @@ def run_label(run: Run, runs: Sequence[Run]) -> str:
     return run.name if len(runs) > 1 else "fine-tuned"
 
 
-def picture_sources(runs: Sequence[Run]) -> list[Source]:
+def picture_sources(runs: Sequence[Run]) -> list[PictureSource]:
     """Bases first; runs whose bases drew the same pictures share one."""
     bases: list[tuple[list[str], dict[Cell, Picture]]] = []
     for run in runs:
@@ -154,8 +154,11 @@ def picture_sources(runs: Sequence[Run]) -> list[Source]:
         else:
             bases.append(([run.name], dict(run.base)))
     return [
-        *(Source(shared_label("base", names, len(bases)), "base", pictures) for names, pictures in bases),
-        *(Source(run_label(run, runs), color(index), run.tuned) for index, run in enumerate(runs)),
+        *(
+            PictureSource(shared_label("base", names, len(bases)), "base", pictures)
+            for names, pictures in bases
+        ),
+        *(PictureSource(run_label(run, runs), color(index), run.tuned) for index, run in enumerate(runs)),
     ]
 
 
@@ -285,7 +288,9 @@ def param_text(value: Any) -> str:
     return str(value)
 
 
-def page_data(runs: Sequence[Run], sources: Sequence[Source], charts: Sequence[Chart]) -> dict[str, Any]:
+def page_data(
+    runs: Sequence[Run], sources: Sequence[PictureSource], charts: Sequence[Chart]
+) -> dict[str, Any]:
     """What the script needs, as JSON: each distinct picture once, where it is shown, the curves."""
     prompts = _union(run.prompts for run in runs)
     seeds = _union(run.seeds for run in runs)

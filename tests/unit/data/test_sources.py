@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from stages.lib.data.emoji_art import is_flag, short_name
-from stages.lib.data.listing import Source
+from stages.lib.data.listing import PairSource
 from stages.lib.data.sources import open_source, read_folder
 from stages.lib.frame.errors import StageError
 
@@ -30,15 +30,15 @@ def folder_of(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def read(folder: Path, caption_column: str = "text") -> Source:
+def read(folder: Path, caption_column: str = "text") -> PairSource:
     return read_folder(folder, caption_column, render_resolution=16)
 
 
-def captions(source: Source) -> dict[str, tuple[str, ...]]:
+def captions(source: PairSource) -> dict[str, tuple[str, ...]]:
     return {row.sample_id: row.captions for row in source.rows}
 
 
-def reasons(source: Source) -> dict[str, str]:
+def reasons(source: PairSource) -> dict[str, str]:
     return {row.name: row.reason for row in source.rejected}
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.lib.drawing import grids, labels
-from stages.lib.drawing.grids import Row, draw_grid, draw_message, stack
+from stages.lib.drawing import fonts, grids
+from stages.lib.drawing.grids import GridRow, draw_grid, draw_message, stack
 from stages.lib.drawing.labels import Label, draw_labels, text_width, wrap
 
 TEXTS = {
@@ -67,7 +67,7 @@ def test_a_mixed_line_holds_what_its_parts_hold():
 
 
 def test_a_letter_that_no_font_has_is_named(caplog):
-    labels._report_missing.cache_clear()
+    fonts.report_missing.cache_clear()
     with caplog.at_level(logging.WARNING):
         drawn("a \U00012000")
     assert "no installed font has \U00012000" in caplog.text
@@ -100,7 +100,7 @@ def test_an_emoji_of_several_is_not_broken_apart():
 
 def test_a_grid_draws_title_headings_and_rows():
     picture = Image.new("RGB", (64, 64), "#123456")
-    grid = np.asarray(draw_grid("Title", ["one", "two"], [Row("label", [picture, None])]))
+    grid = np.asarray(draw_grid("Title", ["one", "two"], [GridRow("label", [picture, None])]))
     assert grid.shape[1] == 150 + 2 * 134 + 6
     bottom = grid[-134:-6]
     assert (bottom[:, 150:278] == (0x12, 0x34, 0x56)).all() and (bottom[:, 284:412] == 0xE6).all()
@@ -118,18 +118,18 @@ def test_a_label_that_does_not_fit_beside_its_row_ends_in_an_ellipsis(monkeypatc
     monkeypatch.setattr(grids, "draw_labels", record)
     for text in ("a word " * 40, "x" * 400):
         drawn.clear()
-        draw_grid("", ["one"], [Row(text, [None])])
+        draw_grid("", ["one"], [GridRow(text, [None])])
         *lines, last = [label.text for label in drawn if label.text not in ("", "one")]
         whole = wrap(text, 138, 13)
         assert lines == whole[:6] and last.endswith("…") and whole[6].startswith(last[:-1])
         assert len(last) > 5 and text_width(last, 13) <= 138
     drawn.clear()
-    draw_grid("", ["one"], [Row("a word", [None])])
+    draw_grid("", ["one"], [GridRow("a word", [None])])
     assert [label.text for label in drawn][-1] == "a word"
 
 
 def test_a_long_title_takes_more_lines():
-    short, long = (draw_grid(title, ["one"], [Row("label", [None])]) for title in ("a", "a prompt " * 20))
+    short, long = (draw_grid(title, ["one"], [GridRow("label", [None])]) for title in ("a", "a prompt " * 20))
     assert long.width == short.width and long.height > short.height + 40
 
 

@@ -1,6 +1,5 @@
 """Which rectangle of an image becomes pixels: shapes, buckets, crops."""
 
-import dataclasses
 import io
 import itertools
 from pathlib import Path
@@ -22,13 +21,13 @@ from stages.lib.encoding.framing import (
 )
 from stages.lib.encoding.pixels import load_pixels, scaled_pixels
 from stages.lib.frame.params import read_params
-from tests.conftest import REPOSITORY, draw_image, png
+from tests.conftest import REPOSITORY, changed, draw_image, png
 
-OPTIONS = dataclasses.replace(read_params(REPOSITORY / "params.yaml").encode_images, interpolation="bicubic")
+OPTIONS = changed(read_params(REPOSITORY / "params.yaml").encode_images, interpolation="bicubic")
 
 
 def options(**changes: object):
-    return dataclasses.replace(OPTIONS, **changes)
+    return changed(OPTIONS, **changes)
 
 
 def pixels_of(image: Image.Image, size: Size, **changes: object) -> list[np.ndarray]:

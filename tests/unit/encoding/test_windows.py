@@ -20,7 +20,7 @@ from stages.lib.data.pairs import read_captions
 from stages.lib.encoding import windows as captions
 from stages.lib.encoding.conditioning import check_text_encoder, read_conditioning
 from stages.lib.encoding.windows import token_windows
-from stages.lib.evaluation.rendering import Request, load_renderer, render, settings
+from stages.lib.evaluation.measuring.rendering import Request, load_renderer, render, settings
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Params
 from stages.lib.models.loaders import load_tokenizer

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
-from stages.lib.evaluation import clip_features
-from stages.lib.evaluation.clip_features import image_features, load_clip, text_features
+from stages.lib.evaluation.measuring import clip_features
+from stages.lib.evaluation.measuring.clip_features import image_features, load_clip, text_features
 from stages.lib.frame.errors import StageError
 from tests.checkpoints import edit_json, write_tokenizer
 from tests.conftest import draw_image

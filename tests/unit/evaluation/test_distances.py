@@ -10,17 +10,11 @@ from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 from transformers import CLIPModel, CLIPProcessor
 
-from stages.lib.evaluation import distances as clip_metrics
-from stages.lib.evaluation.clip_features import text_features
-from stages.lib.evaluation.distances import (
-    clip_image_similarity,
-    clip_scores,
-    cmmd,
-    frechet_distance,
-    kid,
-    nearest_images,
-)
+from stages.lib.evaluation.distances import clip_image_similarity, clip_scores, cmmd, frechet_distance, kid
 from stages.lib.evaluation.intervals import bootstrap_interval, difference, mean_of, resample_weights
+from stages.lib.evaluation.measuring import nearest as nearest_module
+from stages.lib.evaluation.measuring.clip_features import text_features
+from stages.lib.evaluation.measuring.nearest import nearest_images
 from stages.lib.frame.errors import StageError
 from tests.clips import bundled_clip, emoji_features, value_of
 
@@ -182,7 +176,7 @@ def test_nearest_images_equal_a_search_of_all_pairs(monkeypatch):
     training[70], training[101] = 2 * generated[3], generated[5]
     cosines = F.normalize(generated.double()) @ F.normalize(training.double()).T
     whole = nearest_images(generated, training)
-    monkeypatch.setattr(clip_metrics, "_CHUNK_ROWS", 10)
+    monkeypatch.setattr(nearest_module, "_CHUNK_ROWS", 10)
     for nearest in (whole, nearest_images(generated, training)):
         assert torch.equal(nearest.rows, cosines.argmax(dim=1))
         torch.testing.assert_close(nearest.similarity.double(), cosines.amax(dim=1), rtol=0, atol=1e-6)
@@ -193,7 +187,7 @@ def test_nearest_images_equal_a_search_of_all_pairs(monkeypatch):
 
 
 def test_of_equally_near_images_the_first_is_named(monkeypatch):
-    monkeypatch.setattr(clip_metrics, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr(nearest_module, "_CHUNK_ROWS", 2)
     training = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     nearest = nearest_images(torch.tensor([[3.0, 0.0], [5.0, 0.0]]), training)
     assert nearest.rows.tolist() == [1, 1]

@@ -1,6 +1,5 @@
 """FID's features are torch-fidelity's, whatever the batch; its weights are read without running a pickle."""
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -14,23 +13,24 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from stages import evaluate
+from stages import baseline, evaluate, report
 from stages.lib.data.pairs import read_captions
 from stages.lib.diffusion.schedule import training_scheduler
-from stages.lib.evaluation import inception_features as module
-from stages.lib.evaluation.clip_features import load_clip
 from stages.lib.evaluation.distances import frechet_distance
-from stages.lib.evaluation.inception_features import BATCH_SIZE, Inception, inception_features, load_inception
-from stages.lib.evaluation.measurements import (
-    measure_data,
-    measure_unet,
-    read_measurements,
-    write_measurements,
+from stages.lib.evaluation.measuring import inception_features as module
+from stages.lib.evaluation.measuring.clip_features import load_clip
+from stages.lib.evaluation.measuring.inception_features import (
+    BATCH_SIZE,
+    Inception,
+    inception_features,
+    load_inception,
 )
+from stages.lib.evaluation.measuring.measure import measure_data, measure_unet
+from stages.lib.evaluation.measuring.measurements import read_measurements, write_measurements
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import read_params
 from tests.clips import bundled_clip, value_of
-from tests.conftest import REPOSITORY, content_fingerprint, draw_image, run_encoders, write_params
+from tests.conftest import REPOSITORY, changed, content_fingerprint, draw_image, run_encoders, write_params
 from tests.unit.evaluation.test_report import measured
 
 pytestmark = pytest.mark.skipif(
@@ -78,7 +78,7 @@ def test_features_of_held_out_images_are_kept_with_the_base(encoded, inception, 
     assert reference.held_out_inception.shape == (len(reference.held_out), 2048)
     base = measured(torch.ones(6, 4), torch.ones(6, 8), torch.ones(6, 8))
     write_measurements(tmp_path / "written.safetensors", base, reference)
-    _, read = read_measurements(tmp_path / "written.safetensors")
+    _, read = read_measurements(tmp_path / "written.safetensors", "baseline")
     assert torch.equal(read.held_out_inception, reference.held_out_inception)
     without = measure_data(clip, None, samples, Path("data/pairs/images"), 48)
     assert without.held_out_inception is None
@@ -98,11 +98,11 @@ def test_fid_is_of_held_out_captions_pictures_by_one_network(encoded, inception,
     assert torch.equal(found.inception_features, expected)
     assert found.inception_fingerprint == hashlib.sha256(weights.read_bytes()).hexdigest()
     write_measurements(tmp_path / "base.safetensors", found, None)
-    base, _ = read_measurements(tmp_path / "base.safetensors")
+    base, _ = read_measurements(tmp_path / "base.safetensors", "baseline")
     evaluate.check_same_inception(base, inception)
     without = measure_unet(losses, scheduler, clip, None, pictures, ["red", "blue"])
     evaluate.check_same_inception(without, None)
-    another = dataclasses.replace(inception, fingerprint="0" * 64)
+    another = changed(inception, fingerprint="0" * 64)
     for measurements, given in ((base, None), (base, another), (without, inception)):
         with pytest.raises(StageError, match=r"not the one that data/baseline was measured with"):
             evaluate.check_same_inception(measurements, given)
@@ -119,15 +119,16 @@ def test_an_evaluation_has_fid_and_stops_at_other_weights_before_it_deletes(enco
     unet = UNet2DConditionModel.from_pretrained("data/base/unet")
     unet.conv_out.weight.data *= 1.5
     unet.save_pretrained("data/unet")
-    evaluate.main(params, "baseline")
-    evaluate.main(params, "evaluate")
+    baseline.main(params)
+    evaluate.main(params)
+    report.main(params)
     numbers = json.loads(Path("data/evaluation/metrics.json").read_text())
     assert len(list(Path("data/evaluation/metric_samples").iterdir())) >= 5
     features = {
         folder: inception_features(load_inception(given), map(Image.open, sorted(Path(folder).iterdir())))
         for folder in ("data/baseline/metric_samples", "data/evaluation/metric_samples")
     }
-    _, reference = read_measurements(Path("data/baseline/measurements.safetensors"))
+    _, reference = read_measurements(Path("data/baseline/measurements.safetensors"), "baseline")
     for unet_name, generated in zip(("base", "tuned"), features.values(), strict=True):
         fid = value_of(frechet_distance, generated, reference.held_out_inception)
         assert fid > 0 and numbers[f"{unet_name}_fid"] == pytest.approx(fid)
@@ -138,13 +139,14 @@ def test_an_evaluation_has_fid_and_stops_at_other_weights_before_it_deletes(enco
     monkeypatch.setattr(evaluate, "load_renderer", lambda *arguments: pytest.fail("rendered"))
     torch.save(torch.load(given), given, _use_new_zipfile_serialization=False)
     with pytest.raises(StageError, match=r"not the one that data/baseline was measured with"):
-        evaluate.main(params, "evaluate")
+        evaluate.main(params)
+        report.main(params)
     assert content_fingerprint(Path("data")) == before
 
 
 def test_weights_are_loaded_only_where_fid_is_asked_for(weights):
     options = read_params(REPOSITORY / "params.yaml").evaluate
-    asked = dataclasses.replace(options, inception_weights=str(weights))
+    asked = changed(options, inception_weights=str(weights))
     clip = object()
     assert evaluate.inception_for_fid(options, clip) is None
     assert evaluate.inception_for_fid(options, None) is None

@@ -1,6 +1,5 @@
 """Pictures equal a stock pipeline's, by every scheduler, and the batch is a matter of speed alone."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,11 +9,19 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from stages.lib.evaluation import rendering
-from stages.lib.evaluation.rendering import Request, Setting, decode, load_renderer, render, settings
+from stages.lib.evaluation.measuring import rendering
+from stages.lib.evaluation.measuring.rendering import (
+    Request,
+    Setting,
+    decode,
+    load_renderer,
+    render,
+    settings,
+)
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import read_params
 from tests.checkpoints import edit_json
+from tests.conftest import changed
 
 BASE = Path("data/base")
 PROMPTS = ("red cat", "a dog of a rocket", "heart")
@@ -22,7 +29,7 @@ REQUESTS = [Request(prompt, seed) for prompt in PROMPTS for seed in (3, 5)]
 
 
 def renderer_of(batch_size: int = 4, unet: Path = BASE / "unet"):
-    options = dataclasses.replace(read_params().evaluate, batch_size=batch_size, negative_prompt="photo")
+    options = changed(read_params().evaluate, batch_size=batch_size, negative_prompt="photo")
     return load_renderer(BASE, unet, options, PROMPTS, 64, None, 1)
 
 
@@ -147,7 +154,7 @@ def test_each_text_is_encoded_once(project, monkeypatch):
     calls = []
     encode_text = rendering.encode_text
     monkeypatch.setattr(rendering, "encode_text", lambda *given: calls.append(given) or encode_text(*given))
-    options = dataclasses.replace(read_params().evaluate, negative_prompt="")
+    options = changed(read_params().evaluate, negative_prompt="")
     renderer = load_renderer(BASE, BASE / "unet", options, ["cat", "dog", "cat", ""], 64, None, 1)
     assert len(calls) == 3
     list(render(renderer, Setting("base", 3.0, 1), [Request("cat", 0), Request("dog", 0)], "pictures"))
@@ -168,7 +175,7 @@ def test_a_trained_unet_brings_its_scheduler(project):
 
 
 def test_settings_are_all_combinations_with_names_of_their_own(project):
-    options = dataclasses.replace(
+    options = changed(
         read_params().evaluate,
         scheduler=("base", "dpmsolver++"),
         guidance_scale=(1.0, 7.5),

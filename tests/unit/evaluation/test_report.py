@@ -1,6 +1,5 @@
 """The numbers equal computations by hand, intervals are paired, and known cases come out in their order."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,28 +9,31 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from stages.lib.data.pairs import read_captions
+from stages.lib.diffusion.held_out import HeldOutLosses
 from stages.lib.diffusion.noise import sample_latents
 from stages.lib.diffusion.schedule import training_scheduler
-from stages.lib.diffusion.validation import HeldOutLosses, validation_losses
+from stages.lib.diffusion.validation import validation_losses
 from stages.lib.encoding.conditioning import read_conditioning
 from stages.lib.encoding.latents import read_latents
-from stages.lib.evaluation.clip_features import image_features, text_features
 from stages.lib.evaluation.distances import FrechetDistance, cmmd, frechet_distance, kid
 from stages.lib.evaluation.intervals import bootstrap_interval, difference, jackknife_interval, mean_of
-from stages.lib.evaluation.measurements import (
+from stages.lib.evaluation.measuring.clip_features import image_features, text_features
+from stages.lib.evaluation.measuring.measure import measure_data
+from stages.lib.evaluation.measuring.measurements import (
     Measurements,
     Reference,
-    measure_data,
+    check_same_problems,
     read_measurements,
     write_measurements,
 )
-from stages.lib.evaluation.rendering import sampling_config
-from stages.lib.evaluation.report import base_numbers, compared_numbers, metrics_of, report_entries
+from stages.lib.evaluation.measuring.rendering import sampler_config
+from stages.lib.evaluation.report import base_numbers, compared_numbers, report_entries
+from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import read_params
 from tests.clips import bundled_clip, emoji_features, value_of
-from tests.conftest import REPOSITORY, run_train
+from tests.conftest import REPOSITORY, changed, run_train
 
-OPTIONS = dataclasses.replace(read_params(REPOSITORY / "params.yaml").evaluate, bootstrap_resamples=300)
+OPTIONS = changed(read_params(REPOSITORY / "params.yaml").evaluate, bootstrap_resamples=300)
 NAMES = {
     "validation_loss",
     "validation_loss_t0_249",
@@ -59,12 +61,13 @@ def measured(
 ) -> Measurements:
     ids = [f"{row:03d}.png" for row in range(len(losses))]
     held_out = HeldOutLosses(ids, [125, 375, 625, 875], losses.double(), 1000)
-    return Measurements(held_out, prediction_type, torch.linspace(0.999, 0.005, 1000), pictures, captions)
+    texts = [f"caption {index}" for index in range(0 if captions is None else len(captions))]
+    alphas_cumprod = torch.linspace(0.999, 0.005, 1000)
+    return Measurements(held_out, prediction_type, alphas_cumprod, texts, pictures, captions)
 
 
-def report(base, tuned, reference, captions, options=OPTIONS):
-    entries = report_entries(metrics_of(base, reference, captions, options), base, tuned, options)
-    return {entry["name"]: entry for entry in entries}
+def report(base, tuned, reference, options=OPTIONS):
+    return {entry["name"]: entry for entry in report_entries(base, tuned, reference, options)}
 
 
 @pytest.fixture(scope="module")
@@ -75,25 +78,24 @@ def case():
     hardness = randn(40, 1, seed=4).exp()
     base = measured(hardness + 0.1 * randn(40, 4, seed=5).abs(), randn(18, 8, seed=6) + 1.0, captions)
     tuned = measured(0.95 * base.losses.losses, base.picture_features - 0.5, captions)
-    texts = [f"caption {index}" for index in range(12)] + ["a", "a", "b", "b", "c", "c"]
-    return base, tuned, reference, texts
+    return base, tuned, reference
 
 
 @pytest.fixture(scope="module")
 def with_inception(case):
     """The same with Inception's features of the 12 pictures and the held-out images."""
-    base, tuned, reference, texts = case
+    base, tuned, reference = case
     unets = [
-        dataclasses.replace(unet, inception_features=randn(12, 6, seed=seed) + shift)
+        changed(unet, inception_features=randn(12, 6, seed=seed) + shift)
         for unet, seed, shift in ((base, 8, 1.0), (tuned, 9, 0.5))
     ]
-    return *unets, dataclasses.replace(reference, held_out_inception=randn(40, 6, seed=10)), texts
+    return *unets, changed(reference, held_out_inception=randn(40, 6, seed=10))
 
 
 def test_every_number_equals_a_computation_by_hand(case):
-    base, tuned, reference, _ = case
+    base, tuned, reference = case
     threshold = 0.8
-    entries = report(*case, dataclasses.replace(OPTIONS, memorisation_threshold=threshold))
+    entries = report(*case, changed(OPTIONS, memorisation_threshold=threshold))
     assert set(entries) == NAMES
     for unet, measurements in (("base", base), ("tuned", tuned)):
         losses, pictures = measurements.losses.losses, measurements.picture_features
@@ -125,8 +127,8 @@ def test_every_number_equals_a_computation_by_hand(case):
 
 
 def test_what_a_mean_is_of_is_kept_by_name(case):
-    base, tuned, _, texts = case
-    entries = report(*case, dataclasses.replace(OPTIONS, memorisation_threshold=0.8))
+    base, tuned, _ = case
+    entries = report(*case, changed(OPTIONS, memorisation_threshold=0.8))
     assert 0 < entries["memorised_share"]["tuned"]["value"] < 1
     means = {name for name in NAMES if name not in ("kid", "cmmd", "frechet_distance")}
     assert {name for name, entry in entries.items() if "values" in entry} == means
@@ -135,14 +137,14 @@ def test_what_a_mean_is_of_is_kept_by_name(case):
         for unet in ("base", "tuned"):
             assert sum(values[unet]) / len(values[unet]) == pytest.approx(entry[unet]["value"])
     assert entries["validation_loss"]["values"]["names"] == base.losses.sample_ids
-    assert entries["clip_score"]["values"]["names"] == texts[:12]
+    assert entries["clip_score"]["values"]["names"] == list(base.captions)
     row = tuned.losses.losses[7]
     assert entries["validation_loss"]["values"]["tuned"][7] == pytest.approx(row.mean().item())
     assert entries["validation_loss_t250_499"]["values"]["tuned"][7] == pytest.approx(row[1].item())
 
 
 def test_fid_is_there_where_inceptions_features_are(case, with_inception):
-    base, tuned, reference, texts = with_inception
+    base, tuned, reference = with_inception
     entry = report(*with_inception)["fid"]
     for name, unet in (("base", base), ("tuned", tuned)):
         expected = value_of(frechet_distance, unet.inception_features, reference.held_out_inception)
@@ -152,8 +154,8 @@ def test_fid_is_there_where_inceptions_features_are(case, with_inception):
     assert entry["difference"]["value"] == pytest.approx(change)
     assert entry["difference"]["low"] < change < entry["difference"]["high"]
     assert "fid" not in report(*case)
-    without = dataclasses.replace(base, inception_features=None)
-    assert report(without, tuned, reference, texts)["fid"]["base"]["value"] is None
+    without = changed(base, inception_features=None)
+    assert report(without, tuned, reference)["fid"]["base"]["value"] is None
 
 
 def test_a_frechet_distance_is_computed_once_for_each_group_of_each_unet(with_inception, monkeypatch):
@@ -164,7 +166,7 @@ def test_a_frechet_distance_is_computed_once_for_each_group_of_each_unet(with_in
 
 
 def test_intervals_take_level_seed_and_number_of_resamples_from_the_options(with_inception):
-    base, tuned, reference, _ = with_inception
+    base, tuned, reference = with_inception
     rows = [range(12), range(40)]
     losses = mean_of(tuned.losses.losses.mean(dim=1))
     fid = frechet_distance(base.inception_features, reference.held_out_inception)
@@ -172,7 +174,7 @@ def test_intervals_take_level_seed_and_number_of_resamples_from_the_options(with
     seen = set()
     for drawn, level in (((0, 300), 0.95), ((0, 300), 0.5), ((9, 300), 0.95), ((0, 50), 0.95)):
         seed, num_resamples = drawn
-        options = dataclasses.replace(
+        options = changed(
             OPTIONS, bootstrap_seed=seed, bootstrap_level=level, bootstrap_resamples=num_resamples
         )
         entries = report(*with_inception, options)
@@ -196,35 +198,31 @@ def test_the_difference_is_on_the_same_resamples(case):
 
 
 def test_fewer_than_five_rows_have_no_interval(case):
-    base, tuned, reference, texts = case
+    base, tuned, reference = case
     few, none = report(*case)["validation_loss"]["tuned"], {"low": None, "high": None}
     assert few["low"] < few["value"] < few["high"]
     short = [
-        dataclasses.replace(
+        changed(
             unet,
-            losses=dataclasses.replace(
-                unet.losses, sample_ids=unet.losses.sample_ids[:4], losses=unet.losses.losses[:4]
-            ),
+            losses=changed(unet.losses, sample_ids=unet.losses.sample_ids[:4], losses=unet.losses.losses[:4]),
         )
         for unet in (base, tuned)
     ]
-    entry = report(*short, reference, texts)["validation_loss"]
+    entry = report(*short, reference)["validation_loss"]
     assert entry["tuned"] == {"value": entry["tuned"]["value"], **none}
     assert entry["difference"] == {"value": entry["difference"]["value"], **none}
 
 
 def test_held_out_images_stand_beside(case):
-    base, tuned, reference, texts = case
-    copied = dataclasses.replace(
-        reference, held_out=torch.cat([reference.training[:10], reference.held_out[10:]])
-    )
-    share = report(base, tuned, copied, texts)["memorised_share"]
+    base, tuned, reference = case
+    copied = changed(reference, held_out=torch.cat([reference.training[:10], reference.held_out[10:]]))
+    share = report(base, tuned, copied)["memorised_share"]
     assert share["real"]["value"] == pytest.approx(0.25)
     assert "of held-out images 25%" in share["note"]
 
 
 def test_flat_numbers_are_those_of_the_report(case):
-    base, tuned, reference, texts = case
+    base, tuned, reference = case
     entries = list(report(*case).values())
     numbers = compared_numbers(entries)
     parts = {
@@ -236,16 +234,16 @@ def test_flat_numbers_are_those_of_the_report(case):
         assert numbers[f"tuned_{entry['name']}_high"] == entry["tuned"]["high"]
     ratio = float(tuned.losses.losses.mean() / base.losses.losses.mean())
     assert numbers["validation_loss_change"] == pytest.approx(ratio - 1)
-    baseline = base_numbers(metrics_of(base, reference, texts, OPTIONS), base, OPTIONS)
+    baseline = base_numbers(base, reference, OPTIONS)
     assert baseline == {name: value for name, value in numbers.items() if name.startswith("base_")}
     json.dumps(numbers, allow_nan=False)
 
 
 @pytest.mark.parametrize("change", ["prediction_type", "alphas_cumprod"])
 def test_losses_of_other_targets_or_schedules_are_not_compared(case, change):
-    base, tuned, reference, texts = case
-    changed = "v_prediction" if change == "prediction_type" else tuned.alphas_cumprod**2
-    entries = report(base, dataclasses.replace(tuned, **{change: changed}), reference, texts)
+    base, tuned, reference = case
+    another = "v_prediction" if change == "prediction_type" else tuned.alphas_cumprod**2
+    entries = report(base, changed(tuned, **{change: another}), reference)
     for name, entry in entries.items():
         if name.startswith("validation_loss"):
             assert entry["difference"] == {"value": None, "low": None, "high": None}
@@ -256,8 +254,8 @@ def test_losses_of_other_targets_or_schedules_are_not_compared(case, change):
 
 def test_without_a_clip_its_metrics_are_null_and_say_why(case):
     base, tuned, *_ = case
-    bare = [dataclasses.replace(unet, picture_features=None, caption_features=None) for unet in (base, tuned)]
-    entries = report(*bare, None, ["a", "b"])
+    bare = [changed(unet, picture_features=None, caption_features=None) for unet in (base, tuned)]
+    entries = report(*bare, None)
     assert set(entries) == NAMES
     assert entries["kid"]["base"]["value"] is entries["kid"]["difference"]["high"] is None
     assert "fetch_base.clip_source" in entries["memorised_share"]["note"]
@@ -265,29 +263,29 @@ def test_without_a_clip_its_metrics_are_null_and_say_why(case):
 
 
 def test_too_few_held_out_samples_are_no_error(case):
-    base, tuned, reference, _ = case
-    empty = dataclasses.replace(
+    base, tuned, reference = case
+    empty = changed(
         reference, held_out=reference.held_out[:0], held_out_captions=reference.held_out_captions[:0]
     )
     unets = [
         measured(unet.losses.losses[:0], unet.picture_features[12:], unet.caption_features[:0])
         for unet in (base, tuned)
     ]
-    entries = report(*unets, empty, ["a", "a", "b", "b", "c", "c"])
+    entries = report(*unets, empty)
     assert not [name for name, entry in entries.items() if entry["base"]["value"] is not None]
     assert "real" not in entries["memorised_share"]
     assert "no sample is held out" in entries["validation_loss"]["note"]
 
 
 def test_the_frechet_distance_waits_for_enough_pictures(case):
-    base, tuned, reference, _ = case
+    base, tuned, reference = case
     assert report(*case)["frechet_distance"]["base"]["value"] is None
     assert "needs 16 of both" in report(*case)["frechet_distance"]["note"]
     many = [
         measured(unet.losses.losses, randn(30, 8, seed=20 + index), randn(30, 8, seed=3))
         for index, unet in enumerate((base, tuned))
     ]
-    entry = report(*many, reference, [str(index) for index in range(30)])["frechet_distance"]
+    entry = report(*many, reference)["frechet_distance"]
     expected = value_of(frechet_distance, many[1].picture_features, reference.held_out)
     assert entry["tuned"]["value"] == pytest.approx(expected)
     assert entry["tuned"]["low"] < expected < entry["tuned"]["high"]
@@ -295,9 +293,9 @@ def test_the_frechet_distance_waits_for_enough_pictures(case):
 
 
 def test_a_loss_that_is_not_finite_is_null(case):
-    base, tuned, reference, texts = case
+    base, tuned, reference = case
     diverged = measured(torch.full((40, 4), float("nan")), tuned.picture_features, tuned.caption_features)
-    entries = report(base, diverged, reference, texts)
+    entries = report(base, diverged, reference)
     json.dumps(entries, allow_nan=False)
     entry = entries["validation_loss"]
     assert entry["tuned"]["value"] is entry["difference"]["value"] is None
@@ -305,20 +303,54 @@ def test_a_loss_that_is_not_finite_is_null(case):
 
 
 def test_measurements_survive_their_file(case, tmp_path):
-    base, _, reference, texts = case
+    base, _, reference = case
     path = tmp_path / "measurements.safetensors"
     base = measured(base.losses.losses.float(), base.picture_features, base.caption_features)
     write_measurements(path, base, reference)
     first = path.read_bytes()
-    read, data = read_measurements(path)
+    read, data = read_measurements(path, "baseline")
     assert read.losses.sample_ids == base.losses.sample_ids and read.compares_with(base)
     assert torch.equal(read.losses.losses, base.losses.losses)
     assert torch.equal(data.held_out_captions, reference.held_out_captions)
-    assert report(read, base, data, texts) == report(base, base, reference, texts)
+    assert report(read, base, data) == report(base, base, reference)
     write_measurements(path, read, data)
     assert path.read_bytes() == first
-    write_measurements(path, dataclasses.replace(base, picture_features=None, caption_features=None), None)
-    assert read_measurements(path)[1] is None
+    write_measurements(path, changed(base, picture_features=None, caption_features=None), None)
+    assert read_measurements(path, "baseline")[1] is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:100],
+        lambda content: content[:-1],
+        lambda content: b"",
+        lambda content: content.replace(b'"captions"', b'"captionz"'),
+        lambda content: content.replace(b"alphas_cumprod", b"alphas_kumprod"),
+    ],
+)
+def test_damaged_measurements_are_an_error_that_names_the_stage(case, tmp_path, damage):
+    path = tmp_path / "measurements.safetensors"
+    write_measurements(path, case[0], case[2])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(StageError, match=r"measurements\.safetensors: .*run `dvc repro -f -s evaluate`"):
+        read_measurements(path, "evaluate")
+    path.unlink()
+    with pytest.raises(StageError, match="not found; run `dvc repro evaluate`"):
+        read_measurements(path, "evaluate")
+
+
+def test_unets_measured_on_other_problems_are_not_compared(case):
+    base, tuned, _ = case
+    check_same_problems(base, tuned)
+    others = [
+        changed(tuned, captions=["another", *tuned.captions[1:]]),
+        changed(tuned, losses=changed(tuned.losses, sample_ids=tuned.losses.sample_ids[::-1])),
+        changed(tuned, losses=changed(tuned.losses, timesteps=[1, 2, 3, 4])),
+    ]
+    for other in others:
+        with pytest.raises(StageError, match=r"measured on different .*run `dvc repro baseline evaluate`"):
+            check_same_problems(base, other)
 
 
 # --- known cases
@@ -331,12 +363,11 @@ def emoji(tmp_path_factory):
 
 def entries_of(emoji, base, tuned, captions=None):
     """As an evaluation on the second half of the emoji, with the first half held out."""
-    texts = emoji.captions
-    features = text_features(emoji.clip, texts)
+    features = text_features(emoji.clip, emoji.captions)
     reference = Reference(emoji.second, emoji.first, features)
     losses = torch.ones(4, 4)
     unets = [measured(losses, pictures, features) for pictures in (base, tuned)]
-    return report(*unets, reference, texts)
+    return report(*unets, reference)
 
 
 def test_shuffled_captions_lower_the_clip_score(emoji):
@@ -382,7 +413,7 @@ def test_the_held_out_loss_orders_base_fine_tuned_and_overfitted(encoded):
     params = read_params()
     latents, conditioning = read_latents(), read_conditioning()
     samples = read_captions(Path("data/pairs/captions.parquet"))
-    scheduler = training_scheduler(sampling_config(Path("data/base"), Path("data/unet")))
+    scheduler = training_scheduler(sampler_config(Path("data/base"), Path("data/unet")))
 
     def losses(unet):
         return validation_losses(
@@ -414,7 +445,7 @@ def test_the_held_out_loss_orders_base_fine_tuned_and_overfitted(encoded):
         _, *seen = (float(loss_of_the_noisy_image(unet)) for unet in unets)
     assert seen[1] < 0.01 * seen[0]  # it does fit what it was trained on
     base, tuned, over = (
-        Measurements(losses(unet), "epsilon", scheduler.alphas_cumprod, None, None) for unet in unets
+        Measurements(losses(unet), "epsilon", scheduler.alphas_cumprod, [], None, None) for unet in unets
     )
-    assert report(base, tuned, None, [])["validation_loss"]["difference"]["value"] < 0
-    assert report(over, tuned, None, [])["validation_loss"]["difference"]["value"] < 0
+    assert report(base, tuned, None)["validation_loss"]["difference"]["value"] < 0
+    assert report(over, tuned, None)["validation_loss"]["difference"]["value"] < 0

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from stages.lib.frame.errors import StageError
+from stages.lib.frame.params import UndeclaredParameter
 from stages.lib.frame.run import run_stage
 from stages.lib.frame.work_directory import recipe_directories, units
 from stages.lib.store.work_store import WorkStore
@@ -95,8 +96,17 @@ def test_params_that_moved_while_the_stage_ran_fail_it(root):
         text = Path("params.yaml").read_text()
         Path("params.yaml").write_text(text.replace("learning_rate: ", "learning_rate: 1"))
 
-    with pytest.raises(SystemExit, match="section train changed while the stage ran"):
+    with pytest.raises(SystemExit, match=r"params\.yaml: train changed while the stage ran"):
         run_stage("train", ("train",), main)
+    with pytest.raises(SystemExit, match=r"params\.yaml: train\.learning_rate changed while the stage ran"):
+        run_stage("train", ("train.learning_rate",), main)
+    run_stage("train", ("train.seed", "evaluate"), main)
+
+
+def test_a_stage_cannot_read_what_it_does_not_declare(root):
+    run_stage("train", ("train.seed",), lambda params: params.train.seed and None)
+    with pytest.raises(UndeclaredParameter, match=r"train\.learning_rate: dvc\.yaml does not list it"):
+        run_stage("train", ("train.seed",), lambda params: params.train.learning_rate)
 
 
 HOLD = """

@@ -5,7 +5,7 @@ import pytest
 import torch
 import zarr
 
-from stages.lib.store import zarr_store as stores
+from stages.lib.store import shards
 from stages.lib.store.stored_rows import StoredRows
 from stages.lib.store.zarr_store import ArraySpec, create_store, finish_store, open_store, write_rows
 
@@ -14,8 +14,8 @@ from stages.lib.store.zarr_store import ArraySpec, create_store, finish_store, o
 def store(tmp_path, monkeypatch, request):
     """(150, 2, 4, 3, 5) float16 under a group's name, and (150, 7) float32."""
     if request.param == "shards":
-        monkeypatch.setattr(stores, "UNSHARDED_ROWS", 100)
-        monkeypatch.setattr(stores, "SHARD_ROWS", 64)
+        monkeypatch.setattr(shards, "UNSHARDED_ROWS", 100)
+        monkeypatch.setattr(shards, "SHARD_ROWS", 64)
     random = np.random.default_rng(0)
     rows = [
         {

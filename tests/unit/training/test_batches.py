@@ -1,6 +1,5 @@
 """Draws are functions of (seed, step): nothing else moves them."""
 
-import dataclasses
 import itertools
 
 import pytest
@@ -9,11 +8,9 @@ import torch
 from stages.lib.core.draws import generator, unit_interval
 from stages.lib.frame.params import read_params
 from stages.lib.training.batches import TrainingSet, bucket_turn, draw_batch, parts_of_process
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, changed
 
-OPTIONS = dataclasses.replace(
-    read_params(REPOSITORY / "params.yaml").train, train_batch_size=8, caption_dropout=0.0
-)
+OPTIONS = changed(read_params(REPOSITORY / "params.yaml").train, train_batch_size=8, caption_dropout=0.0)
 
 
 def training_set(num_samples: int = 20, captions: int = 1) -> TrainingSet:
@@ -29,7 +26,7 @@ def training_set(num_samples: int = 20, captions: int = 1) -> TrainingSet:
 
 
 def draw(step: int, **changes: object):
-    return draw_batch(training_set(), dataclasses.replace(OPTIONS, **changes), step, 1000)
+    return draw_batch(training_set(), changed(OPTIONS, **changes), step, 1000)
 
 
 def test_the_same_step_is_the_same_batch_and_another_is_not():
@@ -43,9 +40,7 @@ def test_the_same_step_is_the_same_batch_and_another_is_not():
 
 def test_every_draw_has_a_stream_of_its_own():
     """A batch rebuilt from the generators: step 3 of 8 of 20 samples begins at the second epoch's fifth."""
-    options = dataclasses.replace(
-        OPTIONS, seed=3, noise_offset=0.5, input_perturbation=0.2, caption_dropout=0.4
-    )
+    options = changed(OPTIONS, seed=3, noise_offset=0.5, input_perturbation=0.2, caption_dropout=0.4)
     data = training_set(captions=3)
     batch = draw_batch(data, options, 3, 1000)
 
@@ -101,7 +96,7 @@ def test_parts_are_the_whole_batch_in_order():
 
 @pytest.mark.parametrize(("num_processes", "num_parts"), [(1, 1), (2, 1), (2, 4), (4, 2)])
 def test_processes_share_the_parts_of_a_batch(num_processes, num_parts):
-    options = dataclasses.replace(OPTIONS, gradient_accumulation_steps=num_parts)
+    options = changed(OPTIONS, gradient_accumulation_steps=num_parts)
     shares = [parts_of_process(options, index, num_processes) for index in range(num_processes)]
     assert {total for _, total in shares} == {num_processes * num_parts}
     assert {len(parts) for parts, _ in shares} == {num_parts}
@@ -147,7 +142,7 @@ SIZES = (13, 29, 3)  # samples of three buckets; less than a batch, more than on
 def bucketed() -> TrainingSet:
     buckets = torch.tensor([number for number, size in enumerate(SIZES) for _ in range(size)])
     shuffled = torch.randperm(len(buckets), generator=generator(0, "test"))
-    return dataclasses.replace(
+    return changed(
         training_set(sum(SIZES)),
         buckets=buckets[shuffled],
         latent_shapes=[(4, 2, 2), (4, 2, 3), (4, 3, 2)],
@@ -181,7 +176,7 @@ def test_an_epoch_is_put_in_order_once(monkeypatch):
         return randperm(num_samples, generator=generator)
 
     monkeypatch.setattr(torch, "randperm", watched)
-    data, options = bucketed(), dataclasses.replace(OPTIONS, seed=1234)
+    data, options = bucketed(), changed(OPTIONS, seed=1234)
     for step in range(40):
         draw_batch(data, options, step, 1000)
     assert len(drawn) == len(set(drawn)) > 3 * 7

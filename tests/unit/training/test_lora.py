@@ -1,6 +1,5 @@
 """Adapters through peft, and the files of trained weights: what diffusers reads, merging, exact bytes."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -31,7 +30,7 @@ from stages.lib.training.unet import (
     trained_parameters,
 )
 from tests.checkpoints import tiny_pipeline
-from tests.conftest import REPOSITORY, read_lineage
+from tests.conftest import REPOSITORY, changed, read_lineage
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 EVERYTHING = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "time_emb_proj")
@@ -122,7 +121,7 @@ def test_adapters_are_a_function_of_the_seed_and_draw_as_peft_does(base):
 
 
 def test_a_run_trains_the_adapters_that_the_params_ask_for(base, unet):
-    options = dataclasses.replace(
+    options = changed(
         read_params(REPOSITORY / "params.yaml").train,
         lora_rank=3,
         lora_alpha=7,

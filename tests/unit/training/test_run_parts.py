@@ -1,6 +1,5 @@
 """Parts of a training run by hand: what is joined, held out, called not finite, advised and timed."""
 
-import dataclasses
 import math
 import re
 from types import SimpleNamespace
@@ -31,7 +30,7 @@ from stages.lib.training.failures import (
 )
 from stages.lib.training.feed import Feed, load_part
 from stages.lib.training.processes import check_same_step, start_accelerator
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, changed
 
 CPU = torch.device("cpu")
 PARAMS = read_params(REPOSITORY / "params.yaml")
@@ -66,7 +65,7 @@ def stores() -> tuple[Latents, Conditioning, list[SampleCaptions]]:
 def test_a_batch_brings_the_moments_and_captions_of_its_samples():
     latents, conditioning, samples = stores()
     data = training_set(samples, latents, conditioning)
-    options = dataclasses.replace(PARAMS.train, train_batch_size=2, caption_dropout=0.0)
+    options = changed(PARAMS.train, train_batch_size=2, caption_dropout=0.0)
     moments = {
         name: (bucket.mean[row], bucket.logvar[row])
         for bucket in latents.buckets
@@ -98,7 +97,7 @@ def test_a_batch_brings_the_moments_and_captions_of_its_samples():
 
 def test_held_out_losses_are_of_the_mode_the_first_caption_and_noise_of_each_sample_and_timestep():
     latents, conditioning, samples = stores()
-    options = dataclasses.replace(PARAMS.validation, num_timesteps=3, max_samples=3, batch_size=2, seed=4)
+    options = changed(PARAMS.validation, num_timesteps=3, max_samples=3, batch_size=2, seed=4)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
     def forward(noisy_latents, timesteps, encoder_hidden_states):
@@ -138,7 +137,7 @@ def step_losses(
 
 def message_of(tmp_path, steps: list[StepLosses], mixed_precision: str = "no") -> str | None:
     """What `check_finite` says of the samples a.png to f.png."""
-    options = dataclasses.replace(PARAMS.train, mixed_precision=mixed_precision)
+    options = changed(PARAMS.train, mixed_precision=mixed_precision)
     names = [f"{letter}.png" for letter in "abcdef"]
     try:
         check_finite(steps, names, Checkpoints(tmp_path, "f" * 64), options)
@@ -200,15 +199,13 @@ def test_smaller_parts_are_advised_where_the_batch_can_be_split_so(
 ):
     state = SimpleNamespace(num_processes=num_processes)
     monkeypatch.setattr("stages.lib.training.failures.PartialState", lambda: state)
-    options = dataclasses.replace(
-        PARAMS.train, train_batch_size=batch_size, gradient_accumulation_steps=num_parts
-    )
+    options = changed(PARAMS.train, train_batch_size=batch_size, gradient_accumulation_steps=num_parts)
     with pytest.raises(StageError) as found, memory_advice(options):
         raise MemoryError("unable to allocate")
     advised = re.search(r"gradient_accumulation_steps to (\d+)", str(found.value))
     assert (int(advised[1]) if advised else None) == expected
     if advised:
-        options = dataclasses.replace(options, gradient_accumulation_steps=int(advised[1]))
+        options = changed(options, gradient_accumulation_steps=int(advised[1]))
         parts_of_process(options, 0, num_processes)
 
 
@@ -216,12 +213,12 @@ def test_a_run_that_does_not_even_begin_for_want_of_memory_is_advised_too(monkey
     def full(params):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    options = dataclasses.replace(PARAMS.train, train_batch_size=6)
+    options = changed(PARAMS.train, train_batch_size=6)
     monkeypatch.setattr("stages.lib.training.failures.PartialState", lambda: SimpleNamespace(num_processes=2))
     monkeypatch.setattr(train, "main", full)
     monkeypatch.setattr(train, "leave_out", lambda *names: None)
     with pytest.raises(StageError, match=r"out of memory .*set train\.gradient_accumulation_steps to 3"):
-        train.lean_main(dataclasses.replace(PARAMS, train=options))
+        train.lean_main(changed(PARAMS, train=options))
 
 
 # --- time

@@ -99,7 +99,7 @@ class Renderer:
     batch_size: int
 
 
-def sampling_config(base: Path, unet: Path) -> dict[str, Any]:
+def sampler_config(base: Path, unet: Path) -> dict[str, Any]:
     """The scheduler_config.json beside a trained UNet's weights, else that of the base."""
     trained = unet / "scheduler_config.json"
     return read_config(trained if trained.exists() else base / "scheduler" / "scheduler_config.json")
@@ -136,7 +136,7 @@ def load_renderer(
     Raises:
         StageError: if a part is missing, damaged, or the scheduler is none of diffusers'.
     """
-    config = sampling_config(base, unet)
+    config = sampler_config(base, unet)
     with left_out(*unused_libraries(config)):
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     pipeline = StableDiffusionPipeline.from_pretrained(

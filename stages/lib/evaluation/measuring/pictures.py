@@ -10,15 +10,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import safetensors
+import torch
 from PIL import Image
 
 from stages.lib.core.draws import generator
 from stages.lib.core.files import fresh_directory
 from stages.lib.data.pairs import TRAIN, VALIDATION, SampleCaptions, read_images
-from stages.lib.drawing.grids import Row, draw_grid, draw_message, stack
+from stages.lib.drawing.grids import GridRow, draw_grid, draw_message, stack
 from stages.lib.encoding.latents import Latents
-from stages.lib.evaluation.distances import Nearest
-from stages.lib.evaluation.rendering import Rendered, Renderer, Request, Setting, decode, render, settings
+from stages.lib.evaluation.measuring.measurements import Reference
+from stages.lib.evaluation.measuring.nearest import Nearest, nearest_images
+from stages.lib.evaluation.measuring.rendering import (
+    Rendered,
+    Renderer,
+    Request,
+    Setting,
+    decode,
+    render,
+    settings,
+)
 from stages.lib.frame.params import Evaluate
 
 NUM_STRIPS = 4  # prompts in the denoising strips
@@ -103,8 +113,22 @@ def side_by_side(
         files = [
             sample_path(output, setting, index, seed) for output in (base, tuned) for seed in options.seeds
         ]
-        rows.append(Row(prompt, [examples.get(prompt), *map(Image.open, files)]))
+        rows.append(GridRow(prompt, [examples.get(prompt), *map(Image.open, files)]))
     return draw_grid(f"Base and fine-tuned UNet, {setting.description}", columns, rows)
+
+
+def draw_beside_base(
+    options: Evaluate, samples: Sequence[SampleCaptions], images: Path, base: Path, tuned: Path
+) -> None:
+    """In ``tuned`` the grid of each setting, and the sweep over all of them."""
+    example_of = training_examples(options, samples)
+    found = read_images(images, sorted(set(example_of.values())))
+    examples = {prompt: open_image(found[sample_id]) for prompt, sample_id in example_of.items()}
+    fresh_directory(tuned / "grids")
+    for setting in settings(options):
+        grid = side_by_side(options, setting, base, tuned, examples)
+        grid.save(tuned / "grids" / f"{setting.name}.png")
+    sweep(options, base, tuned).save(tuned / "sweep.png")
 
 
 def sweep(options: Evaluate, base: Path, tuned: Path) -> Image.Image:
@@ -115,7 +139,7 @@ def sweep(options: Evaluate, base: Path, tuned: Path) -> Image.Image:
         sampler = "base's sampler" if scheduler == "base" else scheduler
         for output, unet in ((tuned, "fine-tuned"), (base, "base")):
             files = [sample_path(output, setting, 0, options.seeds[0]) for setting in row]
-            rows.append(Row(f"{unet}, {sampler}, {steps} steps", list(map(Image.open, files))))
+            rows.append(GridRow(f"{unet}, {sampler}, {steps} steps", list(map(Image.open, files))))
     columns = [f"guidance {guidance_scale:g}" for guidance_scale in options.guidance_scale]
     return draw_grid(f"{options.prompts[0]}, seed {options.seeds[0]}", columns, rows)
 
@@ -131,8 +155,34 @@ def learning(renderer: Renderer, previews: Path) -> Image.Image:
             metadata, latents = opened.metadata(), opened.get_tensor("latents")  # (P, 4, h, w)
         columns[f"step {metadata['global_step']}"] = decode(renderer, list(latents))
     captions = json.loads(metadata["captions"])
-    rows = [Row(caption, pictures) for caption, *pictures in zip(captions, *columns.values(), strict=True)]
+    rows = [
+        GridRow(caption, pictures) for caption, *pictures in zip(captions, *columns.values(), strict=True)
+    ]
     return draw_grid("Learning over time", list(columns), rows)
+
+
+def draw_nearest(
+    pictures: Sequence[MadePicture],
+    features: torch.Tensor | None,
+    reference: Reference | None,
+    samples: Sequence[SampleCaptions],
+    images: Path,
+    count: int,
+) -> tuple[Image.Image, list[dict[str, str | float]]]:
+    """The pictures nearest to a training image, and the pairs shown; a line of text without CLIP.
+
+    Args:
+        pictures: what was made.
+        features: (N, D) of them.
+        reference: features of the data.
+        samples: of both splits.
+        images: shards of the images.
+        count: pairs to show.
+    """
+    if reference is None or features is None:
+        return draw_message("No nearest training images: data/base has no clip/"), []
+    training = [sample.sample_id for sample in samples if sample.split == TRAIN]
+    return nearest_pairs(pictures, nearest_images(features, reference.training), training, images, count)
 
 
 def nearest_pairs(
@@ -153,7 +203,7 @@ def nearest_pairs(
     pairs = [(pictures[row], training[column], cosine) for row, column, cosine in nearest.worst_pairs(count)]
     found = read_images(images, dict.fromkeys(sample_id for _, sample_id, _ in pairs))
     rows = [
-        Row(
+        GridRow(
             f"cosine {cosine:.3f}, {sample_id}: {made.caption}",
             [Image.open(made.path), open_image(found[sample_id])],
         )
@@ -184,7 +234,7 @@ def contact_sheet(
         (mean.float() - latents.shift_factor) * latents.scaling_factor for mean in means
     ]  # (4, h, w) each
     rows = [
-        Row(sample.captions[0], [open_image(found[sample.sample_id]), reconstruction])
+        GridRow(sample.captions[0], [open_image(found[sample.sample_id]), reconstruction])
         for sample, reconstruction in zip(chosen, decode(renderer, scaled), strict=True)
     ]
     return _halves("Training pairs", ["image", "VAE reconstruction"], rows)
@@ -209,13 +259,13 @@ def _denoising(
     columns = [*(f"step {every_steps * (column + 1)}" for column in range(length - 1)), "picture"]
     decoded = decode(renderer, [latents for _, rendered in strips for latents in rendered.path])
     rows = [
-        Row(prompt, decoded[number * length : (number + 1) * length])
+        GridRow(prompt, decoded[number * length : (number + 1) * length])
         for number, (prompt, _) in enumerate(strips)
     ]
     return draw_grid(f"Denoising, {setting.description}", columns, rows)
 
 
-def _halves(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Image.Image:
+def _halves(title: str, columns: Sequence[str], rows: Sequence[GridRow]) -> Image.Image:
     """A table of many rows as two tables beside each other."""
     half = (len(rows) + 1) // 2
     return stack(

@@ -1,0 +1,129 @@
+"""The bench on which base and trained UNet are judged alike: the same samples, noise, captions and models."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.lib.core.devices import use_same_kernels
+from stages.lib.core.files import fresh_directory
+from stages.lib.core.paths import BASE, BASE_CLIP, PAIR_CAPTIONS
+from stages.lib.data.pairs import SampleCaptions, read_captions
+from stages.lib.diffusion.schedule import training_scheduler
+from stages.lib.diffusion.validation import validation_losses
+from stages.lib.encoding.conditioning import Conditioning, check_text_encoder, read_conditioning
+from stages.lib.encoding.latents import Latents, check_vae, read_latents
+from stages.lib.evaluation.measuring.clip_features import Clip, load_clip
+from stages.lib.evaluation.measuring.inception_features import Inception, load_inception
+from stages.lib.evaluation.measuring.measure import measure_unet
+from stages.lib.evaluation.measuring.measurements import Measurements
+from stages.lib.evaluation.measuring.pictures import (
+    MadePicture,
+    metric_samples,
+    save_metric_pictures,
+    save_samples,
+)
+from stages.lib.evaluation.measuring.rendering import Renderer, load_renderer, sampler_config
+from stages.lib.frame.errors import StageError
+from stages.lib.frame.params import Evaluate, Validation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a UNet is judged on and with.
+
+    Attributes:
+        latents, conditioning, samples: of the data set.
+        clip: None where the base has none; inception: None where FID is not asked for.
+        chosen: held-out samples whose captions pictures are made of and measured.
+    """
+
+    latents: Latents
+    conditioning: Conditioning
+    samples: list[SampleCaptions]
+    clip: Clip | None
+    inception: Inception | None
+    chosen: list[SampleCaptions]
+
+
+def set_up(options: Evaluate) -> Bench:
+    """Open the stores and load what measures.
+
+    Raises:
+        StageError: if a store is missing, damaged or of another base than data/base, or a model cannot be
+            loaded.
+    """
+    use_same_kernels()
+    latents, conditioning = read_latents(resident=False), read_conditioning(resident=False)
+    check_vae(latents, BASE / "vae")
+    check_text_encoder(conditioning, BASE / "text_encoder")
+    samples = latents.encoded(read_captions(PAIR_CAPTIONS))
+    clip = _clip_of_the_base()
+    inception = _inception_for_fid(options, clip)
+    chosen = metric_samples(samples, options.num_metric_samples) if clip else []
+    return Bench(latents, conditioning, samples, clip, inception, chosen)
+
+
+def judge(
+    bench: Bench, unet: Path, options: Evaluate, validation: Validation, output: Path
+) -> tuple[Measurements, list[MadePicture], Renderer]:
+    """Render and measure one UNet.
+
+    Args:
+        bench: as `set_up` gives it.
+        unet: directory of the UNet.
+        options, validation: what is rendered, and how the held-out loss is measured.
+        output: emptied; gets samples/, metric_samples/ and denoising.png.
+
+    Returns:
+        What was measured, the pictures that were, in that order, and what rendered them.
+    """
+    captions = [sample.captions[0] for sample in bench.chosen]
+    renderer = load_renderer(
+        BASE, unet, options, [*options.prompts, *captions],
+        bench.latents.resolution, bench.conditioning.clip_skip, bench.conditioning.num_chunks,
+    )  # fmt: skip
+    fresh_directory(output)
+    scheduler = training_scheduler(sampler_config(BASE, unet))
+    pipeline = renderer.pipeline
+    losses = validation_losses(
+        pipeline.unet.forward, scheduler, bench.latents, bench.conditioning, bench.samples, validation,
+        pipeline.device,
+    )  # fmt: skip
+    pictures = save_metric_pictures(renderer, options, bench.chosen, output / "metric_samples")
+    pictures += save_samples(renderer, options, output)
+    paths = [made.path for made in pictures]
+    measured = measure_unet(losses, scheduler, bench.clip, bench.inception, paths, captions)
+    return measured, pictures, renderer
+
+
+def check_same_inception(base: Measurements, inception: Inception | None) -> None:
+    """Raise StageError if the base was measured with another Inception, or with none."""
+    if base.inception_fingerprint != (inception.fingerprint if inception else ""):
+        raise StageError(
+            "evaluate.inception_weights: the file is not the one that data/baseline was measured with; "
+            "run `dvc repro -f -s baseline`, then `dvc repro`"
+        )
+
+
+def _clip_of_the_base() -> Clip | None:
+    if BASE_CLIP.is_dir():
+        return load_clip(BASE_CLIP)
+    logger.info(
+        "%s: not there, so metrics on CLIP features are left out; see fetch_base.clip_source", BASE_CLIP
+    )
+    return None
+
+
+def _inception_for_fid(options: Evaluate, clip: Clip | None) -> Inception | None:
+    if options.inception_weights is None:
+        return None
+    if clip is None:
+        raise StageError(
+            "evaluate.inception_weights: FID is measured on the pictures that CLIP's metrics are, and "
+            f"{BASE} has no clip/; set fetch_base.clip_source, or inception_weights to null"
+        )
+    return load_inception(Path(options.inception_weights))
