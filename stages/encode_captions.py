@@ -9,9 +9,7 @@ Params encode_captions
 from __future__ import annotations
 
 import functools
-import itertools
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,25 +19,56 @@ from stages.lib.core.fingerprints import code_identity, environment, fingerprint
 from stages.lib.core.paths import BASE, ENCODE_CAPTIONS_METRICS, ENCODED_CAPTIONS, TOKENS
 from stages.lib.encoding.batches import Encoder, InProcess, compute_with_one_thread
 from stages.lib.encoding.engine import Item, encode_missing, processes
+from stages.lib.encoding.outputs import mean_and_std, write_captions
 from stages.lib.encoding.text_encoder import build_caption_encoder
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import EncodeCaptions, Params
-from stages.lib.frame.run import run_stage, work_root
+from stages.lib.frame.run import run_stage
 from stages.lib.frame.start_up import leave_out
+from stages.lib.frame.work_directory import work_root
 from stages.lib.models.layout import read_config
 from stages.lib.models.weights import component_fingerprint
-from stages.lib.store.blocks import Row
 from stages.lib.store.work_store import WorkStore
 from stages.lib.store.zarr_store import (
-    ArraySpec,
-    create_store,
-    finish_store,
+    attributes_of,
     iter_array,
     open_store,
     read_array,
     verify_store,
-    write_rows,
 )
+
+
+def main(params: Params) -> None:
+    options = params.encode_captions
+    check_clip_skip(options)
+    tokens = open_store(TOKENS, "tokenize")
+    attributes_of_tokens = attributes_of(tokens)
+    num_chunks: int = attributes_of_tokens["num_chunks"]
+    captions = read_array(TOKENS, tokens, "caption", "tokenize").tolist()
+    input_ids = read_array(TOKENS, tokens, "input_ids", "tokenize")  # (U, C * 77)
+    windows = input_ids.reshape(len(captions) * num_chunks, -1)  # (U * C, 77)
+    keys = [fingerprint(ids.tolist()) for ids in windows]
+    recipe = recipe_of(options)
+    store = WorkStore(work_root(), "encode_captions", recipe)
+    encode(store, captions, windows, keys, options)
+    if not processes().is_main_process:
+        return
+
+    attributes = {
+        "model_fingerprint": recipe["model"],
+        "clip_skip": options.clip_skip,
+        "empty_row": attributes_of_tokens["empty_row"],
+        "num_chunks": num_chunks,
+    }
+    redone = write_captions(store, captions, keys, attributes)
+    output = verify_store(ENCODED_CAPTIONS, "encode_captions")
+    blocks = iter_array(ENCODED_CAPTIONS, output, "encoder_hidden_states", "encode_captions")
+    metrics = {
+        "num_encoded_captions": len(captions),
+        "num_windows_redone_in_float32": len(redone),
+        **mean_and_std(row for block in blocks for row in block),
+    }
+    write_json(ENCODE_CAPTIONS_METRICS, metrics)
 
 
 def check_clip_skip(options: EncodeCaptions) -> None:
@@ -52,16 +81,9 @@ def check_clip_skip(options: EncodeCaptions) -> None:
         )
 
 
-def main(params: Params) -> None:
-    options = params.encode_captions
-    check_clip_skip(options)
-    tokens = open_store(TOKENS, "tokenize")
-    num_chunks = tokens.attrs["num_chunks"]
-    captions = read_array(TOKENS, tokens, "caption", "tokenize").tolist()
-    input_ids = read_array(TOKENS, tokens, "input_ids", "tokenize")  # (U, C * 77)
-    windows = input_ids.reshape(len(captions) * num_chunks, -1)  # (U * C, 77)
-    keys = [fingerprint(ids.tolist()) for ids in windows]
-    recipe = {
+def recipe_of(options: EncodeCaptions) -> dict[str, Any]:
+    """All that determines the bytes of a window's states, but for its token ids."""
+    return {
         "model": component_fingerprint(BASE / "text_encoder"),
         "clip_skip": options.clip_skip,
         "dtype": options.dtype,
@@ -69,26 +91,6 @@ def main(params: Params) -> None:
         "code": code_identity(build_caption_encoder, InProcess, compute_with_one_thread),
         **environment("transformers"),
     }
-    store = WorkStore(work_root(), "encode_captions", recipe)
-    encode(store, captions, windows, keys, options)
-    if not processes().is_main_process:
-        return
-
-    attributes = {
-        "model_fingerprint": recipe["model"],
-        "clip_skip": options.clip_skip,
-        "empty_row": tokens.attrs["empty_row"],
-        "num_chunks": num_chunks,
-    }
-    redone = write_captions(store, captions, keys, attributes)
-    output = verify_store(ENCODED_CAPTIONS, "encode_captions")
-    blocks = iter_array(ENCODED_CAPTIONS, output, "encoder_hidden_states", "encode_captions")
-    metrics = {
-        "num_encoded_captions": len(captions),
-        "num_windows_redone_in_float32": len(redone),
-        **mean_and_std(row for block in blocks for row in block),
-    }
-    write_json(ENCODE_CAPTIONS_METRICS, metrics)
 
 
 def encode(
@@ -105,49 +107,6 @@ def encode(
     # Token ids are their own input: there is nothing to load.
     encoder = Encoder(np.asarray, build, options.batch_size, options.dtype)
     encode_missing(store, keys, items, encoder, "encode captions", "windows")
-
-
-def write_captions(
-    store: WorkStore, captions: list[str], keys: list[str], attributes: dict[str, Any]
-) -> set[str]:
-    """data/captions.zarr: each caption's windows side by side.
-
-    Returns:
-        Keys of the windows that overflowed in the dtype of the params, and were encoded in float32.
-    """
-    num_chunks = attributes["num_chunks"]
-    length, width = next(store.rows(keys[:1]))["encoder_hidden_states"].shape
-    shape = (len(captions), num_chunks * length, width)
-    schema = {
-        "encoder_hidden_states": ArraySpec(shape, np.float16, ("caption", "token", "hidden")),
-        "caption": ArraySpec(shape[:1], str, ("caption",)),
-    }
-    redone: set[str] = set()
-
-    def rows() -> Iterator[Row]:
-        windows = zip(keys, store.rows(keys), strict=True)
-        for caption in captions:
-            parts = list(itertools.islice(windows, num_chunks))
-            redone.update(key for key, row in parts if row.get("redone"))
-            yield {
-                "encoder_hidden_states": np.concatenate([row["encoder_hidden_states"] for _, row in parts]),
-                "caption": np.asarray(caption, np.dtypes.StringDType()),
-            }
-
-    output = create_store(ENCODED_CAPTIONS, schema, attributes)
-    write_rows(output, rows())
-    finish_store(ENCODED_CAPTIONS, output)
-    return redone
-
-
-def mean_and_std(arrays: Iterable[np.ndarray]) -> dict[str, float]:
-    """Mean and standard deviation over all values, summed in float64, one array in memory at a time."""
-    count, total, squares = 0, 0.0, 0.0
-    for array in arrays:
-        values = array.astype(np.float64)
-        count, total, squares = count + values.size, total + values.sum(), squares + np.square(values).sum()
-    mean = total / count
-    return {"embedding_mean": mean, "embedding_std": math.sqrt(max(0.0, squares / count - mean**2))}
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the stage, or a process that it started

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,12 +28,13 @@ from stages.lib.encoding.framing import (
     FramedImage,
     Framing,
     LeftOut,
-    Size,
     allowed_sizes,
+    check_sizes,
     frame_images,
     nominal_resolution,
     view_names,
 )
+from stages.lib.encoding.outputs import all_keys, by_shape, write_latents
 from stages.lib.encoding.pixels import load_pixels
 from stages.lib.encoding.reconstruction import BATCH_SIZE, build_reconstructor
 from stages.lib.encoding.report import (
@@ -42,6 +42,7 @@ from stages.lib.encoding.report import (
     channel_statistics,
     draw_reconstructions,
     fixed_sample,
+    read_reconstructions,
     scores,
     worst,
     write_left_out,
@@ -49,19 +50,15 @@ from stages.lib.encoding.report import (
 )
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import EncodeImages, Params
-from stages.lib.frame.run import run_stage, work_root
+from stages.lib.frame.run import run_stage
 from stages.lib.frame.start_up import leave_out
-from stages.lib.models.layout import read_vae_config
+from stages.lib.frame.work_directory import work_root
+from stages.lib.models.layout import downsampling, read_vae_config
 from stages.lib.models.weights import component_fingerprint
-from stages.lib.store.blocks import Row
 from stages.lib.store.work_store import WorkStore
 from stages.lib.store.zarr_store import (
-    ArraySpec,
-    create_store,
-    finish_store,
     iter_array,
     verify_store,
-    write_rows,
 )
 
 logger = logging.getLogger(__name__)
@@ -70,28 +67,15 @@ logger = logging.getLogger(__name__)
 def main(params: Params) -> None:
     options = params.encode_images
     vae_config = read_vae_config(BASE)
-    sizes = allowed_sizes(options)
-    check_sizes(sizes, downsampling(vae_config))
+    factor, sizes = downsampling(vae_config), allowed_sizes(options)
+    check_sizes(sizes, factor)
     images, left_out = frame_images(image_index(PAIR_IMAGES), sizes, options)
     check_left_out(images, left_out)
-    recipe = {
-        "model": component_fingerprint(BASE / "vae"),
-        "interpolation": options.interpolation,
-        "jpeg_draft": options.jpeg_draft,
-        "dtype": options.dtype,
-        "batch_size": options.batch_size,
-        "code": code_identity(build_image_encoder, load_view, InProcess, compute_with_one_thread),
-        **environment("diffusers", "pillow"),
-    }
+    recipe = recipe_of(options)
     moments = WorkStore(work_root(), "encode_images", recipe)
     encode(moments, images, options)
     checked = fixed_sample(images, options.num_reconstructions)
-    judged = {
-        "moments": recipe,
-        "code": code_identity(build_reconstructor, load_view_and_mean, InProcess, compute_with_one_thread),
-        **environment("scikit-image"),
-    }
-    decoded = WorkStore(work_root(), "reconstruct_images", judged)
+    decoded = WorkStore(work_root(), "reconstruct_images", recipe_of_reconstructions(recipe))
     reconstruct(decoded, moments, checked, options)
     if not processes().is_main_process:
         return
@@ -99,15 +83,13 @@ def main(params: Params) -> None:
     attributes = {
         "scaling_factor": vae_config["scaling_factor"],
         "shift_factor": vae_config["shift_factor"],
-        "resolution": nominal_resolution(options, downsampling(vae_config)),
+        "resolution": nominal_resolution(options, factor),
         "views": view_names(options),
         "left_out": [image.sample_id for image in left_out],
         "model_fingerprint": recipe["model"],
     }
     groups = by_shape(images, options)
-    redone = write_latents(
-        moments, groups, attributes, downsampling(vae_config), vae_config["latent_channels"]
-    )
+    redone = write_latents(moments, groups, attributes, factor, vae_config["latent_channels"])
     store = verify_store(LATENTS, "encode_images")
     reconstructions = read_reconstructions(decoded, checked)
     write_report(groups, left_out, reconstructions, options)
@@ -123,19 +105,26 @@ def main(params: Params) -> None:
     write_json(ENCODE_IMAGES_METRICS, metrics)
 
 
-def check_sizes(sizes: list[Size], factor: int) -> None:
-    """Raise StageError if a shape does not divide by the VAE's downsampling factor."""
-    for size in sizes:
-        if size.width % factor or size.height % factor:
-            raise StageError(
-                f"params.yaml: encode_images allows {size} pixels, expected multiples of {factor}, the VAE's "
-                "downsampling factor; see resolution, bucket_sizes and bucket_step"
-            )
+def recipe_of(options: EncodeImages) -> dict[str, Any]:
+    """All that determines the bytes of a view's moments, but for the image and its framing."""
+    return {
+        "model": component_fingerprint(BASE / "vae"),
+        "interpolation": options.interpolation,
+        "jpeg_draft": options.jpeg_draft,
+        "dtype": options.dtype,
+        "batch_size": options.batch_size,
+        "code": code_identity(build_image_encoder, load_view, InProcess, compute_with_one_thread),
+        **environment("diffusers", "pillow"),
+    }
 
 
-def downsampling(vae_config: dict[str, Any]) -> int:
-    """Pixels a latent, along each side."""
-    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+def recipe_of_reconstructions(recipe: dict[str, Any]) -> dict[str, Any]:
+    """As `recipe_of`, for what the VAE makes of those moments."""
+    return {
+        "moments": recipe,
+        "code": code_identity(build_reconstructor, load_view_and_mean, InProcess, compute_with_one_thread),
+        **environment("scikit-image"),
+    }
 
 
 def check_left_out(images: list[FramedImage], left_out: list[LeftOut]) -> None:
@@ -197,70 +186,6 @@ def load_view_and_mean(
     """(image, framing, mean) -> (height, width, 3) uint8, mean (4, h, w)."""
     image, framing, mean = value
     return load_view(options, (image, framing)), mean
-
-
-def all_keys(images: Sequence[FramedImage]) -> list[str]:
-    return [key for image in images for key in image.keys]
-
-
-def by_shape(images: list[FramedImage], options: EncodeImages) -> dict[str, list[FramedImage]]:
-    """Where in the store -> images: the root without buckets, else a group a shape."""
-    if options.buckets == "square":
-        return {"": images}
-    groups: dict[str, list[FramedImage]] = defaultdict(list)
-    for image in images:
-        groups[f"{image.size}/"].append(image)
-    return dict(sorted(groups.items()))
-
-
-def write_latents(
-    moments: WorkStore,
-    groups: dict[str, list[FramedImage]],
-    attributes: dict[str, Any],
-    factor: int,
-    latent_channels: int,
-) -> set[str]:
-    """data/latents.zarr: moments and names, each group in ``sample_id`` order.
-
-    Returns:
-        Keys of the views that overflowed in the dtype of the params, and were encoded in float32.
-    """
-    dimensions = ("sample", "view", "channel", "height", "width")
-    schema = {}
-    for name, images in groups.items():
-        width, height = (side // factor for side in images[0].size)
-        shape = (len(images), len(images[0].views), latent_channels, height, width)
-        schema[f"{name}mean"] = ArraySpec(shape, np.float16, dimensions)
-        schema[f"{name}logvar"] = ArraySpec(shape, np.float16, dimensions)
-        schema[f"{name}sample_id"] = ArraySpec(shape[:1], str, ("sample",))
-    store = create_store(LATENTS, schema, attributes)
-    redone: set[str] = set()
-    for name, images in groups.items():
-        write_rows(store[name.rstrip("/")] if name else store, sample_rows(moments, images, redone))
-    finish_store(LATENTS, store)
-    return redone
-
-
-def sample_rows(moments: WorkStore, images: list[FramedImage], redone: set[str]) -> Iterator[Row]:
-    """Each image's views side by side, (V, 4, h, w), and its name; adds redone views' keys to ``redone``."""
-    rows = moments.rows(all_keys(images))
-    for image in images:
-        views = [next(rows) for _ in image.views]
-        redone.update(key for key, view in zip(image.keys, views, strict=True) if view.get("redone"))
-        yield {
-            "mean": np.stack([view["mean"] for view in views]),
-            "logvar": np.stack([view["logvar"] for view in views]),
-            "sample_id": np.asarray(image.sample_id, np.dtypes.StringDType()),
-        }
-
-
-def read_reconstructions(decoded: WorkStore, images: list[FramedImage]) -> list[Reconstruction]:
-    """What `reconstruct` made of ``images``."""
-    rows = decoded.rows([image.keys[0] for image in images])
-    return [
-        Reconstruction(image.sample_id, float(row["psnr"]), float(row["ssim"]), row["decoded"])
-        for image, row in zip(images, rows, strict=True)
-    ]
 
 
 def write_report(

@@ -32,7 +32,8 @@ from stages.lib.data.sources import open_source
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Params, Prepare
 from stages.lib.frame.progress import progress_bar
-from stages.lib.frame.run import run_stage, work_root
+from stages.lib.frame.run import run_stage
+from stages.lib.frame.work_directory import work_root
 
 _DECODED_AHEAD = 64  # images in memory at a time
 logger = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ def describe(path: Path) -> str:
         if name != "files"
     ]
     for name, array in arrays_of(group):
-        names = array.metadata.dimension_names or [""] * array.ndim
+        names = getattr(array.metadata, "dimension_names", None) or [""] * array.ndim
         sizes = ", ".join(f"{dim} {size}" for dim, size in zip(names, array.shape, strict=True))
         files = chunk_files(path, name)
         stored = f"chunks {array.chunks}" + (f" in shards {array.shards}" if array.shards else "")

@@ -19,7 +19,7 @@ from PIL import Image
 from stages import baseline, encode_captions, encode_images, prepare, tokenize_captions
 from stages.lib.core.fingerprints import code_identity
 from stages.lib.data.pairs import read_captions
-from stages.lib.encoding import autoencoder, text_encoder
+from stages.lib.encoding import autoencoder, outputs, text_encoder
 from stages.lib.encoding import engine as encoding
 from stages.lib.encoding.batches import InProcess, compute_with_one_thread
 from stages.lib.encoding.conditioning import read_conditioning
@@ -140,7 +140,7 @@ def test_the_store_names_scale_and_shift_of_its_vae(encoded):
     ],
 )
 def test_a_stage_verifies_what_it_wrote(encoded, monkeypatch, stage, array):
-    finish_store = stage.finish_store
+    finish_store = outputs.finish_store
 
     def damaging(path, group):
         finish_store(path, group)
@@ -149,7 +149,7 @@ def test_a_stage_verifies_what_it_wrote(encoded, monkeypatch, stage, array):
         content[0] ^= 1
         chunk.write_bytes(content)
 
-    monkeypatch.setattr(stage, "finish_store", damaging)
+    monkeypatch.setattr(outputs, "finish_store", damaging)
     with pytest.raises(StageError, match="damaged, changed "):
         stage.main(read_params())
 

@@ -99,7 +99,7 @@ class _Module:
                     pass  # the command line of a stage, which is not run by what is imported from it
                 case ast.Assign() | ast.AnnAssign():
                     targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-                    names = [node.id for target in targets for node in ast.walk(target) if _is_stored(node)]
+                    names = [name for target in targets for name in _stored(target)]
                     for name in names:
                         self.definitions.setdefault(name, []).append(statement)
                     if not names:
@@ -112,8 +112,11 @@ class _Module:
         return self.definitions.get(name, []) if name else self.effects
 
 
-def _is_stored(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+def _stored(target: ast.expr) -> Iterator[str]:
+    """Names that an assignment binds."""
+    for node in ast.walk(target):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from stages.lib.core.paths import ENCODED_CAPTIONS
 from stages.lib.frame.errors import StageError
 from stages.lib.models.weights import check_made_by
 from stages.lib.store.stored_rows import StoredRows
-from stages.lib.store.zarr_store import open_store, read_array
+from stages.lib.store.zarr_store import attributes_of, open_store, read_array
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def read_conditioning(path: Path = ENCODED_CAPTIONS, resident: bool = True) -> C
     """
     store = open_store(path, "encode_captions")
     captions = read_array(path, store, "caption", "encode_captions").tolist()
-    clip_skip = store.attrs["clip_skip"]
+    attributes = attributes_of(store)
+    clip_skip = attributes["clip_skip"]
     name = "encoder_hidden_states"
     states = (
         torch.from_numpy(read_array(path, store, name, "encode_captions"))
@@ -77,11 +78,11 @@ def read_conditioning(path: Path = ENCODED_CAPTIONS, resident: bool = True) -> C
     return Conditioning(
         encoder_hidden_states=states,
         row_of={caption: row for row, caption in enumerate(captions)},
-        empty_row=int(store.attrs["empty_row"]),
-        num_chunks=int(store.attrs["num_chunks"]),
+        empty_row=int(attributes["empty_row"]),
+        num_chunks=int(attributes["num_chunks"]),
         clip_skip=None if clip_skip is None else int(clip_skip),
-        model_fingerprint=str(store.attrs["model_fingerprint"]),
-        fingerprint=str(store.attrs["fingerprint"]),
+        model_fingerprint=str(attributes["model_fingerprint"]),
+        fingerprint=str(attributes["fingerprint"]),
     )
 
 

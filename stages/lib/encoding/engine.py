@@ -137,9 +137,9 @@ def _encode(
     block_rows = max(BLOCK_ROWS - in_flight, in_flight // 4) if device == "cpu" else GPU_BLOCK_ROWS
     pending: dict[Hashable, list[tuple[Item, Row]]] = collections.defaultdict(list)
     with ThreadPoolExecutor(1) as writer:
-        writing: Future | None = None
+        writing: Future[None] | None = None
 
-        def write(group: Hashable) -> Future:
+        def write(group: Hashable) -> Future[None]:
             if writing is not None:
                 writing.result()
             block = pending.pop(group)
@@ -249,7 +249,7 @@ def _map_in_workers(
 ) -> Iterator[tuple[list[Item], Any]]:
     context = multiprocessing.get_context("spawn")
     encodes = function is _encode_in_worker
-    running: collections.deque[tuple[list[Item], Future]] = collections.deque()
+    running: collections.deque[tuple[list[Item], Future[Any]]] = collections.deque()
     with ProcessPoolExecutor(num_workers, context, _start_worker, (encoder, encodes)) as pool:
         try:
             for batch in batches:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from stages.lib.core.draws import unit_interval
 from stages.lib.data.pairs import ImageEntry
+from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import EncodeImages
 
 
@@ -106,6 +107,16 @@ def allowed_sizes(options: EncodeImages) -> list[Size]:
     if options.buckets == "sizes":
         return [Size(*pair) for pair in sorted(set(options.bucket_sizes))]
     return auto_sizes(options.resolution, options.bucket_step, options.max_aspect)
+
+
+def check_sizes(sizes: list[Size], factor: int) -> None:
+    """Raise StageError if a shape does not divide by the VAE's downsampling factor."""
+    for size in sizes:
+        if size.width % factor or size.height % factor:
+            raise StageError(
+                f"params.yaml: encode_images allows {size} pixels, expected multiples of {factor}, the VAE's "
+                "downsampling factor; see resolution, bucket_sizes and bucket_step"
+            )
 
 
 def nominal_resolution(options: EncodeImages, factor: int) -> int:

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from stages.lib.data.pairs import SampleCaptions
 from stages.lib.frame.errors import StageError
 from stages.lib.models.weights import check_made_by
 from stages.lib.store.stored_rows import StoredRows
-from stages.lib.store.zarr_store import open_store, read_array
+from stages.lib.store.zarr_store import attributes_of, open_store, read_array
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def read_latents(path: Path = LATENTS, resident: bool = True) -> Latents:
         StageError: if it is absent, incomplete or damaged.
     """
     store = open_store(path, "encode_images")
-    attributes: dict[str, Any] = dict(store.attrs)
+    attributes = attributes_of(store)
 
     def moment(name: str) -> torch.Tensor | StoredRows:
         if not resident:

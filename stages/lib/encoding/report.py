@@ -14,6 +14,7 @@ from PIL import Image
 from stages.lib.core.draws import unit_interval
 from stages.lib.drawing.grids import GridRow, draw_grid
 from stages.lib.encoding.framing import FramedImage, LeftOut
+from stages.lib.store.work_store import WorkStore
 
 NUM_WORST = 8
 
@@ -33,6 +34,15 @@ class Reconstruction:
     psnr: float
     ssim: float
     decoded: np.ndarray
+
+
+def read_reconstructions(decoded: WorkStore, images: list[FramedImage]) -> list[Reconstruction]:
+    """What `reconstruct` made of ``images``."""
+    rows = decoded.rows([image.keys[0] for image in images])
+    return [
+        Reconstruction(image.sample_id, float(row["psnr"]), float(row["ssim"]), row["decoded"])
+        for image, row in zip(images, rows, strict=True)
+    ]
 
 
 def fixed_sample(images: Sequence[FramedImage], count: int) -> list[FramedImage]:

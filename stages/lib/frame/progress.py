@@ -17,7 +17,7 @@ def progress_bar(
     total: int | None = None,
     initial: int = 0,
     enabled: bool = True,
-) -> tqdm:
+) -> tqdm[Any]:
     """A bar with rate and time left on standard error; where that is no terminal, plain lines.
 
     Lines are ten seconds apart or more, but for the first and the last.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.lib.models.layout import _DEFAULT_LATENT_CHANNELS, CONFIG_FILES, read_config
 
@@ -37,7 +37,7 @@ def config_problems(base: Path) -> list[str]:
     ]
 
 
-def _class_problems(text_encoder: dict, vae: dict, unet: dict) -> Iterator[str]:
+def _class_problems(text_encoder: dict[str, Any], vae: dict[str, Any], unet: dict[str, Any]) -> Iterator[str]:
     for component, config, expected in (
         ("vae", vae, "AutoencoderKL"),
         ("unet", unet, "UNet2DConditionModel"),
@@ -48,7 +48,7 @@ def _class_problems(text_encoder: dict, vae: dict, unet: dict) -> Iterator[str]:
         yield f"text_encoder/config.json: expected architectures ['CLIPTextModel'], got {got}"
 
 
-def _unet_problems(text_encoder: dict, vae: dict, unet: dict) -> Iterator[str]:
+def _unet_problems(text_encoder: dict[str, Any], vae: dict[str, Any], unet: dict[str, Any]) -> Iterator[str]:
     latent_channels = vae.get("latent_channels", _DEFAULT_LATENT_CHANNELS)
     in_channels = unet.get("in_channels", _DEFAULT_LATENT_CHANNELS)
     out_channels = unet.get("out_channels", _DEFAULT_LATENT_CHANNELS)
@@ -75,7 +75,7 @@ def _unet_problems(text_encoder: dict, vae: dict, unet: dict) -> Iterator[str]:
             yield f"unet/config.json: {key} {unet[key]!r}: conditioning beyond the caption is not supported"
 
 
-def _tokenizer_problems(directory: Path, text_encoder: dict) -> Iterator[str]:
+def _tokenizer_problems(directory: Path, text_encoder: dict[str, Any]) -> Iterator[str]:
     limits = {**_DEFAULT_TEXT_CONFIG, **text_encoder}
     token_ids: list[int] = []
     for name in ("vocab.json", "added_tokens.json"):
@@ -95,7 +95,7 @@ def _tokenizer_problems(directory: Path, text_encoder: dict) -> Iterator[str]:
             )
 
 
-def _scheduler_problems(scheduler: dict) -> Iterator[str]:
+def _scheduler_problems(scheduler: dict[str, Any]) -> Iterator[str]:
     # Without these keys DDPMScheduler would fall back on a schedule the base was not trained on.
     file = "scheduler/scheduler_config.json"
     if scheduler.get("trained_betas") is None:

@@ -58,6 +58,11 @@ def read_vae_config(base: Path) -> dict[str, Any]:
     return {**_DEFAULT_VAE_CONFIG, **read_config(component_directory(base, "vae") / CONFIG_FILES["vae"])}
 
 
+def downsampling(vae_config: dict[str, Any]) -> int:
+    """Pixels a latent, along each side."""
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
 def write_pipeline_index(base: Path, scheduler: list[str]) -> None:
     """Write ``model_index.json``: stock StableDiffusionPipeline loads ``base``, without a safety checker.
 

@@ -45,10 +45,10 @@ def read_lock(files: AbstractFileSystem, path: str, content: bytes) -> Lineage:
     locked = (yaml.safe_load(files.cat_file("dvc.lock")) or {}).get("stages") or {}
     makers = [name for name in sorted(locked) if _makes(locked[name], path)]
     if not makers:
-        return Lineage((), f"dvc.lock does not list {path}: `dvc repro evaluate` writes it.")
+        return Lineage((), f"dvc.lock does not list {path}: `dvc repro report` writes it.")
     recorded = {out["path"]: _hash(out) for name in makers for out in locked[name]["outs"]}
     if recorded.get(path) not in (None, hashlib.md5(content, usedforsecurity=False).hexdigest()):
-        return Lineage((), f"dvc.lock records another {path} than this one: evaluate ran outside of DVC.")
+        return Lineage((), f"dvc.lock records another {path} than this one: stage report ran outside of DVC.")
     order: dict[str, LockedStage] = {}
     for name in makers:
         _visit(name, locked, order)
@@ -79,7 +79,7 @@ def _visit(name: str, locked: dict[str, Any], order: dict[str, LockedStage]) -> 
             if maker != name and _makes(locked[maker], dep):
                 _visit(maker, locked, order)
     entries = [
-        LockedFile(kind, entry["path"], _hash(entry), entry.get("size", 0))
+        LockedFile(kind, entry["path"].rstrip("/"), _hash(entry), entry.get("size", 0))
         for kind in ("dep", "out")
         for entry in sorted(stage.get(f"{kind}s", []), key=lambda entry: entry["path"])
     ]

@@ -32,6 +32,7 @@ STAGE_OF = {
     paths.ENCODING_REPORT: "encode_images",
     paths.TRAINING: "train",
     paths.BASELINE: "baseline",
+    paths.EVALUATION_REPORT: "report",
     paths.EVALUATION: "evaluate",
 }
 
@@ -40,7 +41,9 @@ class MissingOutput(StageError):
     """An output that a page needs cannot be read."""
 
     def __init__(self, path: str) -> None:
-        stage = next(stage for folder, stage in STAGE_OF.items() if path.startswith(f"{folder.as_posix()}/"))
+        stage = next(
+            stage for place, stage in STAGE_OF.items() if f"{path}/".startswith(f"{place.as_posix()}/")
+        )
         super().__init__(f"{path}: expected an output of stage {stage}, found none; run `dvc repro {stage}`")
         self.path = path
 
@@ -208,7 +211,8 @@ def read_run(files: AbstractFileSystem, name: str, revision: str = "") -> Run:
         memorised = tuple(Copied(*(entry[key] for key in Copied._fields)) for entry in report["memorised"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StageError(
-            f"{REPORT}: expected a report of this version's evaluate, got {error!r}; run `dvc repro evaluate`"
+            f"{REPORT}: expected what this version's stage report writes, got {error!r}; "
+            "run `dvc repro report`"
         ) from error
     return Run(
         name=name,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -25,12 +26,12 @@ def chunks_and_shards(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[in
     return (SHARD_CHUNK_ROWS, *shape[1:]), (SHARD_ROWS, *shape[1:])
 
 
-def rows_per_file(array: zarr.Array) -> int:
+def rows_per_file(array: zarr.Array[Any]) -> int:
     """Rows that a file holds, the last one perhaps fewer."""
     return (array.shards or array.chunks)[0]
 
 
-def num_files(array: zarr.Array) -> int:
+def num_files(array: zarr.Array[Any]) -> int:
     """Files that a whole array has."""
     return math.ceil(array.shape[0] / rows_per_file(array))
 

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -37,7 +38,7 @@ class WorkStore:
         recipe: everything common to all rows that determines their bytes.
     """
 
-    def __init__(self, root: Path, stage: str, recipe: dict) -> None:
+    def __init__(self, root: Path, stage: str, recipe: dict[str, Any]) -> None:
         self.directory = root / stage / fingerprint(recipe)[:20]
         self._use = use(self.directory)
         self._room = Room(root)

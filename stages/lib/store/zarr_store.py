@@ -198,14 +198,27 @@ def store_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def _array(group: zarr.Group, name: str) -> zarr.Array:
+def attributes_of(group: zarr.Group) -> dict[str, Any]:
+    """The attributes of a store's root: JSON values, whose types its stage knows."""
+    return dict(group.attrs)
+
+
+def subgroup(group: zarr.Group, name: str) -> zarr.Group:
+    """The group of a name, "512x768"; with "" the group itself."""
+    found = group[name] if name else group
+    if not isinstance(found, zarr.Group):
+        raise KeyError(name)
+    return found
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     array = group[name]
     if not isinstance(array, zarr.Array):
         raise KeyError(name)
     return array
 
 
-def arrays_of(group: zarr.Group) -> list[tuple[str, zarr.Array]]:
+def arrays_of(group: zarr.Group) -> list[tuple[str, zarr.Array[Any]]]:
     """Every array below ``group``, by its name in it, "mean" or "512x768/mean"."""
     members = sorted(group.members(max_depth=None), key=lambda member: member[0])
     return [(name, node) for name, node in members if isinstance(node, zarr.Array)]

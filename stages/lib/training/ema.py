@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -55,10 +56,10 @@ class MovingAverage:
         finally:
             self._swap()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {"num_updates": self.num_updates, "average": self.average}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_updates = state["num_updates"]
         for average, saved in zip(self.average, state["average"], strict=True):
             average.copy_(spread_like(saved, average))
