@@ -18,8 +18,8 @@ from stages.lib.core.files import write_json
 from stages.lib.core.fingerprints import code_identity, environment, fingerprint
 from stages.lib.core.paths import BASE, ENCODE_CAPTIONS_METRICS, ENCODED_CAPTIONS, TOKENS
 from stages.lib.encoding.batches import Encoder, InProcess, compute_with_one_thread
+from stages.lib.encoding.captions_output import mean_and_std, write_captions
 from stages.lib.encoding.engine import Item, encode_missing, processes
-from stages.lib.encoding.outputs import mean_and_std, write_captions
 from stages.lib.encoding.text_encoder import build_caption_encoder
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import EncodeCaptions, Params

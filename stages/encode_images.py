@@ -21,7 +21,11 @@ from stages.lib.core.files import fresh_directory, write_json
 from stages.lib.core.fingerprints import code_identity, environment
 from stages.lib.core.paths import BASE, ENCODE_IMAGES_METRICS, ENCODING_REPORT, LATENTS, PAIR_IMAGES
 from stages.lib.data.pairs import image_index, read_images, scan_images
-from stages.lib.encoding.autoencoder import build_image_encoder
+from stages.lib.encoding.autoencoder import (
+    RECONSTRUCTION_BATCH_SIZE,
+    build_image_encoder,
+    build_reconstructor,
+)
 from stages.lib.encoding.batches import Encoder, InProcess, compute_with_one_thread
 from stages.lib.encoding.engine import Item, encode_missing, processes
 from stages.lib.encoding.framing import (
@@ -34,9 +38,8 @@ from stages.lib.encoding.framing import (
     nominal_resolution,
     view_names,
 )
-from stages.lib.encoding.outputs import all_keys, by_shape, write_latents
+from stages.lib.encoding.latents_output import all_keys, by_shape, write_latents
 from stages.lib.encoding.pixels import load_pixels
-from stages.lib.encoding.reconstruction import BATCH_SIZE, build_reconstructor
 from stages.lib.encoding.report import (
     Reconstruction,
     channel_statistics,
@@ -170,7 +173,7 @@ def reconstruct(
             yield Item(image.keys[0], image.sample_id, value, image.size)
 
     load = functools.partial(load_view_and_mean, options)
-    encoder = Encoder(load, build_reconstructor, BATCH_SIZE, options.dtype)
+    encoder = Encoder(load, build_reconstructor, RECONSTRUCTION_BATCH_SIZE, options.dtype)
     keys = [image.keys[0] for image in images]
     encode_missing(decoded, keys, items, encoder, "reconstruct images", "images")
 

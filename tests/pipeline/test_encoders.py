@@ -19,7 +19,7 @@ from PIL import Image
 from stages import baseline, encode_captions, encode_images, prepare, tokenize_captions
 from stages.lib.core.fingerprints import code_identity
 from stages.lib.data.pairs import read_captions
-from stages.lib.encoding import autoencoder, outputs, text_encoder
+from stages.lib.encoding import autoencoder, captions_output, latents_output, text_encoder
 from stages.lib.encoding import engine as encoding
 from stages.lib.encoding.batches import InProcess, compute_with_one_thread
 from stages.lib.encoding.conditioning import read_conditioning
@@ -133,13 +133,13 @@ def test_the_store_names_scale_and_shift_of_its_vae(encoded):
 
 
 @pytest.mark.parametrize(
-    ("stage", "array"),
+    ("stage", "outputs", "array"),
     [
-        (encode_images, "data/latents.zarr/mean"),
-        (encode_captions, "data/captions.zarr/encoder_hidden_states"),
+        (encode_images, latents_output, "data/latents.zarr/mean"),
+        (encode_captions, captions_output, "data/captions.zarr/encoder_hidden_states"),
     ],
 )
-def test_a_stage_verifies_what_it_wrote(encoded, monkeypatch, stage, array):
+def test_a_stage_verifies_what_it_wrote(encoded, monkeypatch, stage, outputs, array):
     finish_store = outputs.finish_store
 
     def damaging(path, group):

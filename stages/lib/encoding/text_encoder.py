@@ -1,8 +1,4 @@
-"""The frozen text encoder as a function on token ids.
-
-The source of this module is part of the key of every row that it makes: what does not change a
-row's bytes belongs elsewhere.
-"""
+"""The frozen text encoder as a function on token ids."""
 
 from __future__ import annotations
 

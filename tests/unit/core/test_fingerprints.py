@@ -182,7 +182,7 @@ from stages import encode_captions, encode_images
 from stages.lib.core.fingerprints import code_identity
 from stages.lib.encoding.autoencoder import build_image_encoder
 from stages.lib.encoding.batches import InProcess, compute_with_one_thread
-from stages.lib.encoding.reconstruction import build_reconstructor
+from stages.lib.encoding.autoencoder import build_reconstructor
 from stages.lib.encoding.text_encoder import build_caption_encoder
 common = InProcess, compute_with_one_thread
 print(code_identity(build_image_encoder, encode_images.load_view, *common))
@@ -218,7 +218,7 @@ def identities(root: Path) -> list[str]:
         ("encoding/pixels.py", "/ 127.5 - 1.0", "/ 128 - 1.0", (True, False, True)),
         ("encoding/pixels.py", "[:, ::-1]", "[::-1]", (True, False, True)),
         ("encoding/text_encoder.py", "[-(clip_skip + 1)]", "[-1]", (False, True, False)),
-        ("encoding/reconstruction.py", "sigma=1.5", "sigma=2.5", (False, False, True)),
+        ("encoding/autoencoder.py", "sigma=1.5", "sigma=2.5", (False, False, True)),
         ("encoding/engine.py", "MAX_LOADERS = 16", "MAX_LOADERS = 8", (False, False, False)),
         ("frame/progress.py", "LINE_SECONDS = 10.0", "LINE_SECONDS = 20.0", (False, False, False)),
         ("models/layout.py", "COMPONENTS =", "UNUSED = 1\nCOMPONENTS =", (False, False, False)),
