@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+
 import emoji
 import numpy as np
 import resvg_py
