@@ -22,7 +22,7 @@ from stages.lib.frame.sections.evaluate import Evaluate
 from stages.lib.frame.sections.fetch_base import FetchBase
 from stages.lib.frame.sections.prepare import Prepare
 from stages.lib.frame.sections.section import Section, UndeclaredParameter, read_section
-from stages.lib.frame.sections.tokenize import Tokenize
+from stages.lib.frame.sections.tokenization import Tokenize
 from stages.lib.frame.sections.train import Train
 from stages.lib.frame.sections.validation import Validation
 

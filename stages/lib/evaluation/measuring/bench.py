@@ -76,7 +76,7 @@ def judge(
         bench: as `set_up` gives it.
         unet: directory of the UNet.
         options, validation: what is rendered, and how the held-out loss is measured.
-        output: emptied; gets samples/, metric_samples/ and denoising.png.
+        output: gets samples/, metric_samples/ and denoising.png.
 
     Returns:
         What was measured, the pictures that were, in that order, and what rendered them.
@@ -86,7 +86,8 @@ def judge(
         BASE, unet, options, [*options.prompts, *captions],
         bench.latents.resolution, bench.conditioning.clip_skip, bench.conditioning.num_chunks,
     )  # fmt: skip
-    fresh_directory(output)
+    output.mkdir(parents=True, exist_ok=True)
+    fresh_directory(output / "samples")  # what lies beside it may be another stage's
     scheduler = training_scheduler(sampler_config(BASE, unet))
     pipeline = renderer.pipeline
     losses = validation_losses(
