@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from stages import prepare
+from stages import baseline, evaluate, prepare, report
 from stages.lib.frame.params import read_params
 from tests.checkpoints import edit_json
-from tests.conftest import REPOSITORY, draw_image
+from tests.conftest import REPOSITORY, draw_image, run_train, write_params
 
 WATCHED = ("torch", "torch._dynamo", "diffusers", "transformers", "peft", "skimage", "scipy", "scipy.stats")
 
@@ -54,6 +55,42 @@ def test_one_new_image_loads_diffusers_without_what_it_finds_beside_it(encoded):
     loaded = libraries_of("encode_images")
     assert "diffusers" in loaded
     assert loaded.isdisjoint({"transformers", "peft", "scipy.stats"})
+
+
+def test_a_report_needs_no_model_library_and_takes_another_level(encoded):
+    """And baseline and evaluate need nothing of the room but what measures, so that it renders nothing."""
+    run_train()
+    for stage in (baseline, evaluate, report):
+        stage.main(read_params())
+    first = json.loads(Path("data/evaluation/metrics.json").read_text())
+    pictures = {path: path.stat().st_mtime_ns for path in Path("data/evaluation").rglob("*.png")}
+    write_params(evaluate={"bootstrap_level": 0.5})
+    assert libraries_of("report") == {"torch"}
+    second = json.loads(Path("data/evaluation/metrics.json").read_text())
+    name = "tuned_validation_loss"
+    assert second[name] == first[name]
+    assert second[f"{name}_low"] > first[f"{name}_low"]
+    assert {path: path.stat().st_mtime_ns for path in pictures} == pictures
+
+
+@pytest.mark.parametrize("verb", ["show_store", "show_work", "compare"])
+def test_a_command_says_what_it_is_for_and_has_one_error(project, verb):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SD_WORK_MAX_BYTES": "much"}
+    command = [sys.executable, "-W", "ignore", "-m", f"stages.{verb}"]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+
+    done = run("--help")
+    assert done.returncode == 0 and f"usage: python -m stages.{verb}" in done.stdout
+    arguments, message = {
+        "show_store": (["nothing.zarr"], "nothing.zarr: expected a Zarr store, found none"),
+        "show_work": ([], "SD_WORK_MAX_BYTES: expected a whole number"),
+        "compare": (["nothing"], "not in a DVC repository"),
+    }[verb]
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert f"{verb}: " in done.stderr and message in done.stderr and "Traceback" not in done.stderr
 
 
 RENDER = """

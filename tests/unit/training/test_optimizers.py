@@ -8,12 +8,19 @@ import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from stages.lib.frame.errors import StageError
-from stages.lib.training.optimizers import build_lr_schedule, build_optimizer
+from stages.lib.frame.params import Train
+from stages.lib.training.optimizers import (
+    LR_SCHEDULES,
+    OPTIMIZERS,
+    build_lr_schedule,
+    build_optimizer,
+)
 from tests.conftest import REPOSITORY
 
 
@@ -36,7 +43,7 @@ def has_8bit() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
 
 
-OPTIMIZERS = [
+RUNNING = [
     "adamw",
     "adafactor",
     pytest.param(
@@ -101,7 +108,7 @@ def test_adafactor_decays_weights_by_the_learning_rate():
     torch.testing.assert_close(weight.detach(), torch.full((4, 4), 2.0 * (1 - 1e-2 * 0.1)))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", RUNNING)
 def test_a_resumed_run_is_bit_identical(name, tmp_path: Path):
     options = Options(name, lr_scheduler="cosine", lr_warmup_steps=2)
 
@@ -222,3 +229,15 @@ assert not loaded("transformers.models.clip.modeling", "bitsandbytes", "torchvis
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tables_hold_the_choices_of_the_params():
+    choices = {name: Train.model_fields[name].annotation for name in ("optimizer", "lr_scheduler")}
+    assert list(OPTIMIZERS) == list(get_args(choices["optimizer"]))
+    assert list(LR_SCHEDULES) == list(get_args(choices["lr_scheduler"]))
+
+
+def test_each_optimizer_that_can_be_sharded_or_saves_memory_says_so():
+    can = {name for name, kind in OPTIMIZERS.items() if kind.can_be_sharded}
+    smaller = {name for name, kind in OPTIMIZERS.items() if kind.saves_memory}
+    assert (can, smaller) == ({"adamw"}, {"adamw_8bit", "adafactor"})

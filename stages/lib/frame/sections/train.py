@@ -62,7 +62,7 @@ class Train(Section):
     )
     learning_rate: Annotated[Number, Ge(0)] = Field(description="peak")
     lr_scheduler: Literal["constant", "cosine", "cosine_with_restarts", "linear", "polynomial"] = Field(
-        description="constant | cosine | cosine_with_restarts | linear | polynomial, after the warm-up"
+        description="after the warm-up: constant, cosine, linear and others; a wrong name names them all"
     )
     lr_warmup_steps: Annotated[Whole, Ge(0)] = Field(description="optimizer steps from zero to the peak")
     lr_num_cycles: Annotated[Whole, Ge(1)] = Field(description="of cosine_with_restarts")
