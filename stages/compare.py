@@ -26,7 +26,8 @@ from stages.lib.frame.errors import StageError
 from stages.lib.frame.run import run_command
 from stages.lib.page.comparison import changes_from_first
 from stages.lib.page.render import render_page
-from stages.lib.page.run_outputs import MissingOutput, Run, read_run
+from stages.lib.page.run import Run
+from stages.lib.page.run_outputs import MissingOutput, read_run
 
 WORKSPACE = "workspace"
 LOST = (

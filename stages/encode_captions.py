@@ -18,7 +18,7 @@ from stages.lib.core.files import write_json
 from stages.lib.core.fingerprints import code_identity, environment, fingerprint
 from stages.lib.core.paths import BASE, ENCODE_CAPTIONS_METRICS, ENCODED_CAPTIONS, TOKENS
 from stages.lib.encoding.batches import Encoder, InProcess, compute_with_one_thread
-from stages.lib.encoding.captions_output import mean_and_std, write_captions
+from stages.lib.encoding.captions_output import mean_and_std, write_encoded_captions
 from stages.lib.encoding.engine import Item, encode_missing, processes
 from stages.lib.encoding.text_encoder import build_caption_encoder
 from stages.lib.frame.errors import StageError
@@ -60,7 +60,7 @@ def main(params: Params) -> None:
         "empty_row": attributes_of_tokens["empty_row"],
         "num_chunks": num_chunks,
     }
-    redone = write_captions(store, captions, keys, attributes)
+    redone = write_encoded_captions(store, captions, keys, attributes)
     output = verify_store(ENCODED_CAPTIONS, "encode_captions")
     blocks = iter_array(ENCODED_CAPTIONS, output, "encoder_hidden_states", "encode_captions")
     metrics = {

@@ -31,8 +31,8 @@ from stages.lib.page.charts import (
     whiskers,
 )
 from stages.lib.page.lineage import read_weights_lineage
-from stages.lib.page.render import verdict
-from stages.lib.page.run_outputs import Curve, Estimate
+from stages.lib.page.metric_lines import verdict
+from stages.lib.page.run import Curve, Estimate
 from tests.browser import headless_browser
 from tests.conftest import REPOSITORY
 from tests.evaluations import PROMPTS, metric, write_lock, write_run
@@ -297,7 +297,7 @@ def test_the_weights_metadata_is_what_safetensors_reads(tmp_path):
 @pytest.mark.parametrize(
     ("path", "stage"),
     [
-        ("data/evaluation/report.json", "evaluate"),
+        ("data/evaluation/report.json", "report"),
         ("data/evaluation/samples/ddim_guidance2_steps10/prompt03_seed7.png", "evaluate"),
         ("data/baseline/samples/base_guidance5_steps25/prompt00_seed0.png", "baseline"),
     ],
@@ -310,7 +310,7 @@ def test_a_missing_output_names_the_stage_to_run(run, path, stage):
 
 def test_a_report_of_another_version_is_refused(run):
     Path("data/evaluation/report.json").write_text('{"prompts": ["red heart"]}')
-    with pytest.raises(StageError, match=r"report\.json: .*KeyError.*run `dvc repro evaluate`"):
+    with pytest.raises(StageError, match=r"report\.json: .*KeyError.*run `dvc repro report`"):
         gallery.main(None)
 
 

@@ -59,12 +59,14 @@ def test_one_new_image_loads_diffusers_without_what_it_finds_beside_it(encoded):
 
 def test_a_report_needs_no_model_library_and_takes_another_level(encoded):
     """And baseline and evaluate need nothing of the room but what measures, so that it renders nothing."""
+    halved = {"source": "images", "validation_fraction": 0.5}
+    prepare.main(write_params(prepare=halved))
     run_train()
     for stage in (baseline, evaluate, report):
         stage.main(read_params())
     first = json.loads(Path("data/evaluation/metrics.json").read_text())
     pictures = {path: path.stat().st_mtime_ns for path in Path("data/evaluation").rglob("*.png")}
-    write_params(evaluate={"bootstrap_level": 0.5})
+    write_params(prepare=halved, evaluate={"bootstrap_level": 0.5})
     assert libraries_of("report") == {"torch"}
     second = json.loads(Path("data/evaluation/metrics.json").read_text())
     name = "tuned_validation_loss"

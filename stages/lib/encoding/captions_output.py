@@ -15,7 +15,7 @@ from stages.lib.store.work_store import WorkStore
 from stages.lib.store.zarr_store import ArraySpec, create_store, finish_store, write_rows
 
 
-def write_captions(
+def write_encoded_captions(
     store: WorkStore, captions: list[str], keys: list[str], attributes: dict[str, Any]
 ) -> set[str]:
     """data/captions.zarr: each caption's windows side by side.

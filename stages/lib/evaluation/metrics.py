@@ -83,7 +83,7 @@ class DistanceMetric:
     better = "lower"
 
 
-Metric = MeanMetric | DistanceMetric
+AnyMetric = MeanMetric | DistanceMetric
 
 
 def _clip_score(subject: Subject, reference: Reference, options: Evaluate) -> torch.Tensor:
@@ -99,7 +99,7 @@ def _memorised(subject: Subject, reference: Reference, options: Evaluate) -> tor
     return nearest.above(options.memorisation_threshold).double()
 
 
-METRICS: tuple[Metric, ...] = (
+METRICS: tuple[AnyMetric, ...] = (
     MeanMetric(
         "clip_score",
         "CLIP score",

@@ -21,9 +21,9 @@ from stages.lib.evaluation.intervals import (
 from stages.lib.evaluation.measuring.measurements import Measurements, Reference
 from stages.lib.evaluation.metrics import (
     METRICS,
+    AnyMetric,
     DistanceMetric,
     MeanMetric,
-    Metric,
     Subject,
     held_out_images,
     loss_metrics,
@@ -31,9 +31,9 @@ from stages.lib.evaluation.metrics import (
 )
 from stages.lib.frame.params import Evaluate
 
-Estimate = dict[str, float | None]
+EstimateEntry = dict[str, float | None]
 Rows = Sequence[Sequence[Hashable]]
-UNKNOWN: Estimate = {"value": None, "low": None, "high": None}
+UNKNOWN: EstimateEntry = {"value": None, "low": None, "high": None}
 NO_CLIP = "data/base has no clip/ to measure with (fetch_base.clip_source)"
 SUMMARY = (
     "base_validation_loss",
@@ -96,7 +96,7 @@ def summary_of(numbers: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name: numbers[name] for name in SUMMARY}
 
 
-def _metrics_on_pictures(reference: Reference | None) -> Iterator[Metric]:
+def _metrics_on_pictures(reference: Reference | None) -> Iterator[AnyMetric]:
     """Those that can be asked for: FID where Inception's features are."""
     for metric in METRICS:
         of_inception = isinstance(metric, DistanceMetric) and metric.of_inception
@@ -105,7 +105,7 @@ def _metrics_on_pictures(reference: Reference | None) -> Iterator[Metric]:
 
 
 def _entry(
-    metric: Metric,
+    metric: AnyMetric,
     base: Measurements,
     tuned: Measurements,
     reference: Reference | None,
@@ -139,7 +139,7 @@ def _entry(
 
 
 def _statistic(
-    metric: Metric, subject: Subject, reference: Reference | None, options: Evaluate
+    metric: AnyMetric, subject: Subject, reference: Reference | None, options: Evaluate
 ) -> Statistic | None:
     """The metric of a subject as a function of weights; None where it cannot be computed."""
     if isinstance(metric, MeanMetric):
@@ -169,7 +169,7 @@ def _values(
     return metric.values(subject, reference, options)  # type: ignore[arg-type]  # a loss needs no reference
 
 
-def _is_loss(metric: Metric) -> bool:
+def _is_loss(metric: AnyMetric) -> bool:
     return metric.name.startswith("validation_loss")
 
 
@@ -180,19 +180,19 @@ def _names(metric: MeanMetric, subject: Subject) -> list[str]:
     return list(subject.prompts)
 
 
-def _rows(metric: Metric, subject: Subject, reference: Reference | None) -> Rows:
+def _rows(metric: AnyMetric, subject: Subject, reference: Reference | None) -> Rows:
     """Labels of what the statistic's weights weigh, see `bootstrap_interval`."""
     if isinstance(metric, MeanMetric):
         return [range(len(_names(metric, subject)))]
     return [range(len(subject.prompts)), range(0 if reference is None else len(reference.held_out))]
 
 
-def _real(metric: MeanMetric, reference: Reference, options: Evaluate) -> Estimate:
+def _real(metric: MeanMetric, reference: Reference, options: Evaluate) -> EstimateEntry:
     subject = held_out_images(reference)
     return _estimate(_statistic(metric, subject, reference, options), metric, subject, reference, options)
 
 
-def _note(metric: Metric, subject: Subject, reference: Reference | None, options: Evaluate) -> str:
+def _note(metric: AnyMetric, subject: Subject, reference: Reference | None, options: Evaluate) -> str:
     """What the metric was computed from, and what to read it beside."""
     if _is_loss(metric):
         return metric.note if isinstance(metric, MeanMetric) else ""
@@ -220,11 +220,11 @@ def _note(metric: Metric, subject: Subject, reference: Reference | None, options
 
 def _estimate(
     statistic: Statistic | None,
-    metric: Metric,
+    metric: AnyMetric,
     subject: Subject,
     reference: Reference | None,
     options: Evaluate,
-) -> Estimate:
+) -> EstimateEntry:
     if statistic is None:
         return UNKNOWN
     rows = _rows(metric, subject, reference)
@@ -241,7 +241,7 @@ def _estimate(
     return {"value": interval.estimate, "low": interval.low, "high": interval.high}
 
 
-def _flat(estimates: Iterable[tuple[str, Estimate]]) -> dict[str, float | None]:
+def _flat(estimates: Iterable[tuple[str, EstimateEntry]]) -> dict[str, float | None]:
     return {
         f"{name}{'' if part == 'value' else f'_{part}'}": number
         for name, estimate in estimates

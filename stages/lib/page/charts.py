@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from stages.lib.page.run_outputs import Curve, Estimate
+from stages.lib.page.run import Curve, Estimate
 
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 50, 350, 10, 172  # of the plot inside it

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from stages.lib.evaluation.intervals import MIN_LABELS, bootstrap_interval, mean_of
-from stages.lib.page.run_outputs import Estimate, Metric, Run
+from stages.lib.page.run import Estimate, Metric, Run
 
 
 def changes_from_first(runs: Sequence[Run]) -> dict[tuple[str, int], Estimate]:

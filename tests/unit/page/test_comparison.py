@@ -10,7 +10,8 @@ from fsspec.implementations.dirfs import DirFileSystem
 
 from stages.lib.evaluation.intervals import bootstrap_interval, mean_of
 from stages.lib.page.comparison import changes_from_first
-from stages.lib.page.run_outputs import Estimate, Run, read_run
+from stages.lib.page.run import Estimate, Run
+from stages.lib.page.run_outputs import read_run
 from tests.evaluations import write_run
 
 LOSS = ("validation_loss", 1)
