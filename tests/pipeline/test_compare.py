@@ -187,7 +187,7 @@ def test_a_revision_without_an_evaluation_says_which_stage_to_run(inside):
     git(inside, "add", "params.yaml", ".dvc/config")
     git(inside, "commit", "-qm", "bare")
     git(inside, "checkout", "-qf", "main")
-    with pytest.raises(StageError, match=r"bare: data/evaluation/report.json: .*run `dvc repro evaluate`"):
+    with pytest.raises(StageError, match=r"bare: data/evaluation/report.json: .*run `dvc repro report`"):
         compared("bare")
     git(inside, "branch", "-D", "bare")
 

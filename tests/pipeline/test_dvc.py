@@ -163,11 +163,13 @@ def changed(root: Path) -> set[str]:
     return set(json.loads(done.stdout))
 
 
+@pytest.mark.slow
 def test_two_fresh_clones_give_identical_outputs(made_repository, tmp_path):
     _, locked = made_repository
     assert (make_repository(tmp_path) / "dvc.lock").read_text() == locked
 
 
+@pytest.mark.slow
 def test_each_change_reruns_exactly_the_stages_that_depend_on_it(repository):
     params = yaml.safe_load((repository / "params.yaml").read_text())
     assert repro(repository) == set()
@@ -198,6 +200,7 @@ def test_each_change_reruns_exactly_the_stages_that_depend_on_it(repository):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_edit_of_code_or_of_a_statistic_concerns_only_what_uses_it(repository):
     repro(repository)
     params = yaml.safe_load((repository / "params.yaml").read_text())
@@ -228,6 +231,7 @@ def test_each_edit_of_code_or_of_a_statistic_concerns_only_what_uses_it(reposito
     assert changed(repository) == {"report", "fetch_base", "tokenize", "encode_captions", "encode_images"}
 
 
+@pytest.mark.slow
 def test_a_loader_that_computes_otherwise_encodes_anew_and_a_remark_does_not(repository):
     repro(repository)
     loaders = repository / "stages/lib/models/loaders.py"
@@ -277,6 +281,7 @@ def encoded_rows(root: Path) -> int:
     ],
 )
 @pytest.mark.parametrize("nothing", [None, ""])
+@pytest.mark.slow
 def test_a_path_that_is_nothing_is_refused_by_the_stage_where_it_is_needed(
     made_repository, tmp_path, section, key, stage, message, nothing
 ):
@@ -294,6 +299,7 @@ def test_a_path_that_is_nothing_is_refused_by_the_stage_where_it_is_needed(
     assert message is None or message in said
 
 
+@pytest.mark.slow
 def test_metrics_plots_and_experiments_are_of_use_at_once(repository):
     def show(*arguments: str) -> str:
         done = dvc(repository, *arguments)

@@ -226,6 +226,7 @@ def test_in_the_same_environment_the_bytes_are_those_of_an_undisturbed_run(kille
         ({}, {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 1 -> 2"),
     ],
 )
+@pytest.mark.slow
 def test_in_another_environment_a_run_goes_on_says_so_and_lists_both(
     killed, project, environment, changed, named
 ):

@@ -126,6 +126,7 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 def test_a_stopped_process_goes_on_to_the_same_bytes(encoded):
     write_params(train={"max_train_steps": 30, "checkpoint_every_steps": 5, "validation_every_steps": 10})
     run_process("undisturbed")
@@ -176,6 +177,7 @@ def test_two_processes_draw_disjoint_halves_of_the_batch_of_one(encoded):
         assert torch.equal(torch.cat([getattr(half, name) for half in halves]), whole), name
 
 
+@pytest.mark.slow
 def test_three_processes_resume_bit_for_bit(encoded):
     """Of two, sums are the same in any order; of three, gradients have to be grouped as before."""
     write_params(

@@ -25,6 +25,7 @@ def run(module: str, launcher: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_encoders_write_the_bytes_of_one_process(project):
     params = read_params()
     run_encoders(params)

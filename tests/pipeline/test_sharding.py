@@ -44,6 +44,7 @@ def run_sharded(work: str, check: bool = True) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_sharded_training_agrees_to_rounding_and_resumes_bit_for_bit(encoded):
     write_params(train=SHARDED)
     run_process("one")

@@ -47,7 +47,11 @@ RUNNING = [
     "adamw",
     "adafactor",
     pytest.param(
-        "adamw_8bit", marks=pytest.mark.skipif(not has_8bit(), reason="needs a GPU and bitsandbytes")
+        "adamw_8bit",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not has_8bit(), reason="needs a GPU and bitsandbytes"),
+        ],
     ),
 ]
 
