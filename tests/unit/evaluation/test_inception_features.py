@@ -17,6 +17,7 @@ from stages import baseline, evaluate, report
 from stages.lib.data.pairs import read_captions
 from stages.lib.diffusion.schedule import training_scheduler
 from stages.lib.evaluation.distances import frechet_distance
+from stages.lib.evaluation.measuring import bench
 from stages.lib.evaluation.measuring import inception_features as module
 from stages.lib.evaluation.measuring.clip_features import load_clip
 from stages.lib.evaluation.measuring.inception_features import (
@@ -136,11 +137,10 @@ def test_an_evaluation_has_fid_and_stops_at_other_weights_before_it_deletes(enco
     assert numbers["base_fid"] != numbers["tuned_fid"]
 
     before = content_fingerprint(Path("data"))
-    monkeypatch.setattr(evaluate, "load_renderer", lambda *arguments: pytest.fail("rendered"))
+    monkeypatch.setattr(bench, "load_renderer", lambda *arguments: pytest.fail("rendered"))
     torch.save(torch.load(given), given, _use_new_zipfile_serialization=False)
     with pytest.raises(StageError, match=r"not the one that data/baseline was measured with"):
         evaluate.main(params)
-        report.main(params)
     assert content_fingerprint(Path("data")) == before
 
 
@@ -148,11 +148,11 @@ def test_weights_are_loaded_only_where_fid_is_asked_for(weights):
     options = read_params(REPOSITORY / "params.yaml").evaluate
     asked = changed(options, inception_weights=str(weights))
     clip = object()
-    assert evaluate.inception_for_fid(options, clip) is None
-    assert evaluate.inception_for_fid(options, None) is None
-    assert isinstance(evaluate.inception_for_fid(asked, clip), Inception)
+    assert bench._inception_for_fid(options, clip) is None
+    assert bench._inception_for_fid(options, None) is None
+    assert isinstance(bench._inception_for_fid(asked, clip), Inception)
     with pytest.raises(StageError, match=r"data/base has no clip/; set fetch_base.clip_source"):
-        evaluate.inception_for_fid(asked, None)
+        bench._inception_for_fid(asked, None)
 
 
 class Malicious:
