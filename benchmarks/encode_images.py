@@ -41,7 +41,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from stages import encode_images, fetch_base, prepare  # noqa: E402
-from stages.lib.data.pairs import image_index, iter_images  # noqa: E402
+from stages.lib.data.image_shards import image_index, iter_images  # noqa: E402
 from stages.lib.data.sources import open_source  # noqa: E402
 from stages.lib.encoding.autoencoder import build_image_encoder  # noqa: E402
 from stages.lib.encoding.framing import allowed_sizes, frame_images  # noqa: E402

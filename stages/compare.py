@@ -21,6 +21,7 @@ from dvc.repo import Repo
 from dvc.scm import RevError
 from dvc_data.index import DataIndexDirError
 
+from stages.lib.core.files import write_text
 from stages.lib.core.paths import COMPARISON_PAGE
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.run import run_command
@@ -44,8 +45,7 @@ def main(revisions: list[str], output: Path) -> None:
     """
     root = find_repository()
     runs = [read_revision(root, revision) for revision in dict.fromkeys(revisions)]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render_page(runs, changes_from_first(runs)), encoding="utf-8")
+    write_text(output, render_page(runs, changes_from_first(runs)))
 
 
 def find_repository() -> str:

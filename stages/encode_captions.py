@@ -26,7 +26,7 @@ from stages.lib.frame.params import EncodeCaptions, Params
 from stages.lib.frame.run import run_stage
 from stages.lib.frame.start_up import leave_out
 from stages.lib.frame.work_directory import work_root
-from stages.lib.models.layout import read_config
+from stages.lib.models.layout import check_component, read_config
 from stages.lib.models.weights import component_fingerprint
 from stages.lib.store.work_store import WorkStore
 from stages.lib.store.zarr_store import (
@@ -40,6 +40,7 @@ from stages.lib.store.zarr_store import (
 
 def main(params: Params) -> None:
     options = params.encode_captions
+    check_component(BASE, "text_encoder")
     check_clip_skip(options)
     tokens = open_store(TOKENS, "tokenize")
     attributes_of_tokens = attributes_of(tokens)

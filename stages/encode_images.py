@@ -20,7 +20,8 @@ import numpy as np
 from stages.lib.core.files import fresh_directory, write_json
 from stages.lib.core.fingerprints import code_identity, environment
 from stages.lib.core.paths import BASE, ENCODE_IMAGES_METRICS, ENCODING_REPORT, LATENTS, PAIR_IMAGES
-from stages.lib.data.pairs import image_index, read_images, scan_images
+from stages.lib.core.sums import write_sums
+from stages.lib.data.image_shards import fingerprint_of_images, image_index, read_images, scan_images
 from stages.lib.encoding.autoencoder import (
     RECONSTRUCTION_BATCH_SIZE,
     build_image_encoder,
@@ -56,7 +57,7 @@ from stages.lib.frame.params import EncodeImages, Params
 from stages.lib.frame.run import run_stage
 from stages.lib.frame.start_up import leave_out
 from stages.lib.frame.work_directory import work_root
-from stages.lib.models.layout import downsampling, read_vae_config
+from stages.lib.models.layout import check_component, downsampling, read_vae_config
 from stages.lib.models.weights import component_fingerprint
 from stages.lib.store.work_store import WorkStore
 from stages.lib.store.zarr_store import (
@@ -69,10 +70,12 @@ logger = logging.getLogger(__name__)
 
 def main(params: Params) -> None:
     options = params.encode_images
+    check_component(BASE, "vae")
     vae_config = read_vae_config(BASE)
     factor, sizes = downsampling(vae_config), allowed_sizes(options)
     check_sizes(sizes, factor)
-    images, left_out = frame_images(image_index(PAIR_IMAGES), sizes, options)
+    entries = image_index(PAIR_IMAGES)
+    images, left_out = frame_images(entries, sizes, options)
     check_left_out(images, left_out)
     recipe = recipe_of(options)
     moments = WorkStore(work_root(), "encode_images", recipe)
@@ -90,6 +93,7 @@ def main(params: Params) -> None:
         "views": view_names(options),
         "left_out": [image.sample_id for image in left_out],
         "model_fingerprint": recipe["model"],
+        "images": fingerprint_of_images(entries),
     }
     groups = by_shape(images, options)
     redone = write_latents(moments, groups, attributes, factor, vae_config["latent_channels"])
@@ -207,6 +211,7 @@ def write_report(
     pictures = [load_view(options, (content, centre[name])) for name, content in contents.items()]
     title = f"The {len(drawn)} worst of {len(reconstructions)} reconstructions"
     draw_reconstructions(title, drawn, pictures).save(ENCODING_REPORT / "worst_reconstructions.png")
+    write_sums(ENCODING_REPORT)
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the stage, or a process that it started

@@ -9,7 +9,6 @@ Params evaluate (what is rendered and measured, no statistics), validation
 
 from __future__ import annotations
 
-from stages.lib.core.files import write_json
 from stages.lib.core.paths import (
     BASELINE,
     BASELINE_MEASUREMENTS,
@@ -20,11 +19,19 @@ from stages.lib.core.paths import (
     PREVIEWS,
     TRAINED_UNET,
 )
-from stages.lib.evaluation.measuring.bench import check_same_inception, judge, set_up
+from stages.lib.core.sums import SUMS, hash_file, write_sealed_json
+from stages.lib.evaluation.measuring.bench import (
+    check_baseline,
+    check_same_inception,
+    check_trained,
+    judge,
+    set_up,
+)
 from stages.lib.evaluation.measuring.measurements import read_measurements, write_measurements
 from stages.lib.evaluation.measuring.pictures import (
     draw_beside_base,
     draw_nearest,
+    hashes_of_pictures,
     learning,
     training_examples,
 )
@@ -35,8 +42,10 @@ from stages.lib.frame.run import run_stage
 
 def main(params: Params) -> None:
     options = params.evaluate
-    bench = set_up(options)
+    check_trained(TRAINED_UNET, PREVIEWS)
+    bench = set_up(options, params.validation)
     base, reference = read_measurements(BASELINE_MEASUREMENTS, "baseline")
+    check_baseline(base, bench, BASELINE)
     check_same_inception(base, bench.inception)
     measured, pictures, renderer = judge(bench, TRAINED_UNET, options, params.validation, EVALUATION)
     write_measurements(EVALUATION_MEASUREMENTS, measured)
@@ -48,13 +57,16 @@ def main(params: Params) -> None:
     )
     drawing.save(EVALUATION / "nearest.png")
     shown = {
+        "unet_sha256": hash_file(TRAINED_UNET / SUMS),
+        "base_files": dict(base.files),
+        "files": hashes_of_pictures(EVALUATION),
         "prompts": list(options.prompts),
         "seeds": list(options.seeds),
         "settings": [{"name": setting.name, **vars(setting)} for setting in settings(options)],
         "examples": training_examples(options, bench.samples),
         "memorised": memorised,
     }
-    write_json(EVALUATION_PICTURES, shown)
+    write_sealed_json(EVALUATION_PICTURES, shown)
 
 
 if __name__ == "__main__":

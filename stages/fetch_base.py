@@ -2,7 +2,7 @@
 
 Reads  the pipeline directory or Hub repository (and those of the VAE and the CLIP) that the params name
 Writes data/base/{tokenizer,text_encoder,vae,unet,scheduler}, data/base/model_index.json; data/base/clip,
-       the CLIP that evaluation measures pictures with, where there is one
+       the CLIP that evaluation measures pictures with, where there is one; the hashes of all, SHA256SUMS
 Params fetch_base
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from stages.lib.core.files import fresh_directory
 from stages.lib.core.paths import BASE
+from stages.lib.core.sums import write_sums
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import FetchBase, Params
 from stages.lib.frame.run import run_stage
@@ -73,6 +74,9 @@ def main(params: Params) -> None:
             copy_files(sources[component], files[component], WEIGHT_SUFFIXES, partial / component)
             weight_files(partial / component)
         write_pipeline_index(partial, index["scheduler"])
+        for component in sources:
+            write_sums(partial / component)
+        write_sums(partial)  # of the components by their own hashes
         fresh_directory(BASE).rmdir()
         partial.rename(BASE)
     finally:

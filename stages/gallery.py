@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fsspec.implementations.dirfs import DirFileSystem
 
+from stages.lib.core.files import write_text
 from stages.lib.core.paths import GALLERY_PAGE
 from stages.lib.frame.params import Params
 from stages.lib.frame.run import run_stage
@@ -22,7 +23,7 @@ from stages.lib.page.run_outputs import read_run
 def main(params: Params) -> None:
     files = DirFileSystem(Path.cwd().as_posix(), target_protocol="file")
     page = render_page([read_run(files, "this run")])
-    GALLERY_PAGE.write_text(page, encoding="utf-8")
+    write_text(GALLERY_PAGE, page)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import vl_convert
 
+from stages.lib.core.files import write_text
 from stages.lib.core.paths import PLOTS_PAGE
 from stages.lib.frame.params import Params
 from stages.lib.frame.run import run_stage
@@ -37,7 +38,7 @@ img { max-width: 100%%; }
 
 def main(params: Params) -> None:
     bundle = vl_convert.javascript_bundle().replace("</script", "<\\/script")  # type: ignore[call-arg]
-    PLOTS_PAGE.write_text(PAGE % bundle, encoding="utf-8")
+    write_text(PLOTS_PAGE, PAGE % bundle)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,31 @@
 """Read images and captions from their source into data/pairs.
 
 Reads  prepare.source: data/openmoji, a folder, or an archive of one
-Writes data/pairs/images/*.parquet, data/pairs/captions.parquet, data/pairs/rejected.jsonl,
+Writes data/pairs/images/*.parquet, data/pairs/captions.parquet, data/pairs/rejected.jsonl and its hash,
        data/prepare_metrics.json
 Params prepare
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from stages.lib.core.files import fresh_directory, write_json
+from stages.lib.core.files import fresh_directory, write_json, write_json_lines
 from stages.lib.core.paths import PAIR_CAPTIONS, PAIR_IMAGES, PAIRS, PREPARE_METRICS, REJECTED_PAIRS
+from stages.lib.core.sums import write_sum
+from stages.lib.data.image_shards import ImageEntry, StoredImage, fingerprint_of_images, write_images
 from stages.lib.data.images import UnusableImageError, stored_image
 from stages.lib.data.listing import PairSource, RejectedRow, SourceRow
-from stages.lib.data.pairs import (
-    TRAIN,
-    VALIDATION,
-    SampleCaptions,
-    StoredImage,
-    split_of,
-    write_captions,
-    write_images,
-)
+from stages.lib.data.pairs import TRAIN, VALIDATION, SampleCaptions, split_of, write_captions
 from stages.lib.data.sources import open_source
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Params, Prepare
 from stages.lib.frame.progress import progress_bar
 from stages.lib.frame.run import run_stage
-from stages.lib.frame.work_directory import work_root
 
 _DECODED_AHEAD = 64  # images in memory at a time
 logger = logging.getLogger(__name__)
@@ -43,10 +35,7 @@ def main(params: Params) -> None:
     prepare = params.prepare
     fresh_directory(PAIRS)
     fresh_directory(PAIR_IMAGES)
-    extraction = work_root() / "extracted" / Path.cwd().name
-    with open_source(
-        Path(str(prepare.source)), prepare.caption_column, prepare.render_resolution, extraction
-    ) as source:
+    with open_source(Path(str(prepare.source)), prepare.caption_column, prepare.render_resolution) as source:
         rows, rejected = first_rows(source, prepare.max_samples)
         report_rejected(rejected, len(rows), prepare)
         captions_of = {row.sample_id: row.captions for row in rows}
@@ -56,15 +45,15 @@ def main(params: Params) -> None:
 
     samples = [
         SampleCaptions(
-            sample_id,
-            captions_of[sample_id],
-            split_of(sample_id, prepare.split_seed, prepare.validation_fraction),
+            image.sample_id,
+            captions_of[image.sample_id],
+            split_of(image.sample_id, prepare.split_seed, prepare.validation_fraction),
         )
-        for sample_id in stored
+        for image in stored
     ]
     num_train = sum(sample.split == TRAIN for sample in samples)
     check_splits(num_train, len(samples), prepare)
-    write_captions(PAIR_CAPTIONS, samples)
+    write_captions(PAIR_CAPTIONS, samples, fingerprint_of_images(stored))
     metrics = {
         "num_samples": len(samples),
         "num_train_samples": num_train,
@@ -85,8 +74,10 @@ def first_rows(source: PairSource, max_samples: int | None) -> tuple[list[Source
     return rows, [row for row in source.rejected if row.name <= rows[-1].sample_id]
 
 
-def store_images(sample_ids: list[str], read: Callable[[str], bytes]) -> tuple[list[str], list[RejectedRow]]:
-    """Decode and store images, on all cores; the sample_ids stored, and what is broken."""
+def store_images(
+    sample_ids: list[str], read: Callable[[str], bytes]
+) -> tuple[list[ImageEntry], list[RejectedRow]]:
+    """Decode and store images, on all cores; what is stored, and what is broken."""
     broken: list[RejectedRow] = []
 
     def decoded(sample_id: str) -> StoredImage | RejectedRow:
@@ -117,10 +108,8 @@ def store_images(sample_ids: list[str], read: Callable[[str], bytes]) -> tuple[l
 
 def report_rejected(rejected: list[RejectedRow], num_usable: int, prepare: Prepare) -> None:
     """Write rejected.jsonl; fail if nothing is usable or too much is not."""
-    lines = [
-        json.dumps({"name": row.name, "reason": row.reason}, ensure_ascii=False) + "\n" for row in rejected
-    ]
-    REJECTED_PAIRS.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    write_json_lines(REJECTED_PAIRS, [{"name": row.name, "reason": row.reason} for row in rejected])
+    write_sum(REJECTED_PAIRS)
     num_rows = len(rejected) + num_usable
     fraction = len(rejected) / max(1, num_rows)
     if num_usable and fraction <= prepare.max_rejected_fraction:

@@ -8,7 +8,7 @@ Params evaluate.memorisation_threshold, evaluate.bootstrap_*
 
 from __future__ import annotations
 
-from stages.lib.core.files import read_json, write_json
+from stages.lib.core.files import write_json
 from stages.lib.core.paths import (
     BASELINE_MEASUREMENTS,
     BASELINE_METRICS,
@@ -18,6 +18,7 @@ from stages.lib.core.paths import (
     EVALUATION_REPORT,
     EVALUATION_SUMMARY,
 )
+from stages.lib.core.sums import read_sealed_json, write_sealed_json
 from stages.lib.evaluation.measuring.measurements import check_same_problems, read_measurements
 from stages.lib.evaluation.report import base_numbers, compared_numbers, report_entries, summary_of
 from stages.lib.frame.params import Params
@@ -29,14 +30,14 @@ def main(params: Params) -> None:
     base, reference = read_measurements(BASELINE_MEASUREMENTS, "baseline")
     tuned, _ = read_measurements(EVALUATION_MEASUREMENTS, "evaluate")
     check_same_problems(base, tuned)
-    pictures = read_json(EVALUATION_PICTURES, "run `dvc repro evaluate`")
+    pictures = read_sealed_json(EVALUATION_PICTURES, "evaluate")
 
     entries = report_entries(base, tuned, reference, options)
     numbers = compared_numbers(entries)
     write_json(BASELINE_METRICS, base_numbers(base, reference, options))
     write_json(EVALUATION_METRICS, numbers)
     write_json(EVALUATION_SUMMARY, summary_of(numbers))
-    write_json(EVALUATION_REPORT, {**pictures, "metrics": entries})
+    write_sealed_json(EVALUATION_REPORT, {**pictures, "metrics": entries})
 
 
 if __name__ == "__main__":

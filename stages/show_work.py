@@ -15,10 +15,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from stages.lib.core.files import read_json
 from stages.lib.frame.run import run_command
 from stages.lib.frame.work_directory import (
     RECIPE,
     Unit,
+    directory_bytes,
+    extractions,
     format_bytes,
     max_work_bytes,
     recipe_directories,
@@ -43,13 +46,16 @@ def listing(root: Path) -> Iterator[str]:
             f"  last used {_when(last_used) if last_used is not None else 'never'}"
         )
         if (directory / RECIPE).is_file():
-            recipe = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
+            recipe = read_json(directory / RECIPE, f"remove {directory}")
             yield f"    {', '.join(f'{name} {_short(value)}' for name, value in recipe.items())}"
+    for directory in extractions(root):
+        num_bytes = format_bytes(directory_bytes(directory))
+        yield f"{directory.relative_to(root)}  an unpacked archive  {num_bytes}"
 
 
 def _count(found: list[Unit]) -> str:
     paths = [path for unit in found for path in unit.paths]
-    if any(path.suffix == ".pt" for path in paths):
+    if any(path.stem[-9:-8] == "-" or path.suffix != ".safetensors" for path in paths):
         return f"checkpoints {', '.join(path.stem for path in paths)}"
     return f"{len({key for path in paths for key in _keys(path)})} rows"
 

@@ -8,17 +8,17 @@ Params tokenize
 
 from __future__ import annotations
 
-import json
 import logging
 
 import numpy as np
 
-from stages.lib.core.files import write_json
+from stages.lib.core.files import write_json, write_json_lines
 from stages.lib.core.paths import BASE, PAIR_CAPTIONS, TOKENIZE_METRICS, TOKENS, TRUNCATED_CAPTIONS
 from stages.lib.data.pairs import read_captions
 from stages.lib.encoding.windows import token_windows
 from stages.lib.frame.params import Params
 from stages.lib.frame.run import run_stage
+from stages.lib.models.layout import check_component
 from stages.lib.models.loaders import load_tokenizer
 from stages.lib.store.zarr_store import ArraySpec, create_store, finish_store, write_rows
 
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 def main(params: Params) -> None:
     num_chunks = params.tokenize.num_chunks
+    check_component(BASE, "tokenizer")
     tokenizer = load_tokenizer(BASE)
     samples = read_captions(PAIR_CAPTIONS)
     # "" is row 0: what caption dropout and classifier-free guidance use.
@@ -54,8 +55,7 @@ def main(params: Params) -> None:
         for caption, count in zip(captions, token_counts, strict=True)
         if count > kept_tokens
     ]
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in truncated)
-    TRUNCATED_CAPTIONS.write_text("".join(lines), encoding="utf-8")
+    write_json_lines(TRUNCATED_CAPTIONS, truncated)
     if truncated:
         logger.warning(
             "%d captions are cut at %d tokens, see %s", len(truncated), kept_tokens, TRUNCATED_CAPTIONS

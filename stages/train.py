@@ -14,7 +14,17 @@ from typing import Any
 
 from stages.lib.core.files import write_json
 from stages.lib.core.fingerprints import code_identity, fingerprint
-from stages.lib.core.paths import BASE, PREVIEWS, TRAINED_UNET, TRAINING, TRAINING_SPEED
+from stages.lib.core.paths import (
+    BASE,
+    PLOTS,
+    PREVIEWS,
+    RUN_FILE,
+    TRAINED_UNET,
+    TRAINING,
+    TRAINING_SPEED,
+)
+from stages.lib.core.sums import SUMS, hash_file, write_sums
+from stages.lib.data.pairs import VALIDATION
 from stages.lib.diffusion.schedule import sampling_config, training_scheduler
 from stages.lib.frame.params import Params
 from stages.lib.frame.progress import progress_bar
@@ -22,7 +32,7 @@ from stages.lib.frame.run import run_stage
 from stages.lib.frame.speed import Speed
 from stages.lib.frame.start_up import leave_out
 from stages.lib.frame.work_directory import work_root
-from stages.lib.models.layout import read_config
+from stages.lib.models.layout import check_component, read_config
 from stages.lib.training.batches import num_train_steps, parts_of_process
 from stages.lib.training.checkpoints import Checkpoints, Resumed, load_weights
 from stages.lib.training.failures import memory_advice
@@ -40,7 +50,12 @@ from stages.lib.training.lineage import (
 )
 from stages.lib.training.loop import Watch, train_steps
 from stages.lib.training.optimizers import OPTIMIZERS
-from stages.lib.training.processes import check_same_step, start_accelerator, unsharded
+from stages.lib.training.processes import (
+    check_same_step,
+    of_first_process,
+    start_accelerator,
+    unsharded,
+)
 from stages.lib.training.unet import build_unet, check_shapes, export_unet
 
 # Reached by `main`, and changing no weight: what names the run, keeps it, looks at it and writes it out.
@@ -50,6 +65,8 @@ WATCHING = (Checkpoints, Watch, code_identity, lineage_of, memory_advice, run_id
 def main(params: Params) -> None:
     options = params.train
     accelerator = start_accelerator(options)
+    for component in ("unet", "scheduler"):
+        check_component(BASE, component)
     data = read_training_data(options)
     indices, num_parts = parts_of_process(options, accelerator.process_index, accelerator.num_processes)
     max_train_steps = num_train_steps(options, data.training_set)
@@ -60,10 +77,11 @@ def main(params: Params) -> None:
 
     lineage = lineage_of(
         params, BASE, scheduler.config.prediction_type, data.samples, data.latents, data.conditioning,
-        code_identity(main, without=(*WATCHING, export, watch_run)),
+        code_identity(main, without=(*WATCHING, check_disk, export, watch_run, write_hashes)),
     )  # fmt: skip
     checkpoints = Checkpoints(work_root(), run_identity(lineage), accelerator.is_main_process)
     learner = prepare(accelerator, unet, scheduler, options, max_train_steps)
+    checkpoints.own(of_first_process)
     saved = checkpoints.load_latest(fingerprint(yardstick(params)) if options.export == "best" else None)
     resumed = learner.state.restore(saved)
     check_same_step(resumed.global_step)
@@ -74,10 +92,13 @@ def main(params: Params) -> None:
         data.parts_of_step, options, scheduler.config.num_train_timesteps,
         indices, num_parts, accelerator.device,
     )  # fmt: skip
+    check_disk(params, learner, watch)
     watch.before_first_step()
     train_steps(learner, Feed(parts_of, watch.steps_left, accelerator.device), data, options, watch)
     watch.close()
     export(params, learner, watch, sampling, lineage)
+    if accelerator.is_main_process:
+        write_hashes()
 
 
 def watch_run(
@@ -120,6 +141,13 @@ def watch_run(
     )
 
 
+def check_disk(params: Params, learner: Learner, watch: Watch) -> None:
+    """Raise StageError before the first step if the disk is too small for what the run keeps."""
+    num_checkpoints = -(-len(watch.steps_left) // params.train.checkpoint_every_steps)
+    has_best = any(sample.split == VALIDATION for sample in watch.data.samples)
+    watch.checkpoints.check_room(*learner.state_bytes(params.train), num_checkpoints, has_best)
+
+
 def export(
     params: Params, learner: Learner, watch: Watch, sampling: Mapping[str, Any], lineage: Mapping[str, str]
 ) -> None:
@@ -136,6 +164,13 @@ def export(
         if accelerator.is_main_process:
             texts = exported_lineage(lineage, watch.environments, options, global_step)
             export_unet(whole, TRAINED_UNET, sampling, texts)
+
+
+def write_hashes() -> None:
+    """Hashes of what was made, and in curves and previews the hash of the weights that they belong to."""
+    for directory in (PLOTS, PREVIEWS):
+        write_json(directory / RUN_FILE, {"unet_sha256": hash_file(TRAINED_UNET / SUMS)})
+        write_sums(directory)
 
 
 def lean_main(params: Params) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 
 import yaml
 
+from stages.lib.core.sums import SUMS, hash_file, write_sealed_json, write_sum, write_sums
+from stages.lib.core.tensors import write_safetensors
+from stages.lib.evaluation.measuring.pictures import hashes_of_pictures
 from tests.conftest import REPOSITORY, draw_image, png
 
 PROMPTS = (
@@ -125,14 +128,34 @@ def write_run(
     for name, scale in (("train_loss", loss), ("validation_loss", loss), ("lr", 3e-4), ("grad_norm", 1.0)):
         rows = [f"{step}\t{scale * (1 + 10 / step)}" for step in range(10, 101, 10)]
         write(data / f"training/plots/metrics/{name}.tsv", "\n".join([f"step\t{name}", *rows]) + "\n")
-    weights = json.dumps({"__metadata__": {"prediction_type": "epsilon", "format": "pt"}}).encode()
     (data / "unet").mkdir(exist_ok=True)
-    (data / "unet/diffusion_pytorch_model.safetensors").write_bytes(
-        len(weights).to_bytes(8, "little") + weights
-    )
+    write_safetensors(data / "unet/diffusion_pytorch_model.safetensors", {}, {"prediction_type": "epsilon"})
+    (data / "encode_images_report").mkdir(exist_ok=True)
     params = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     params["evaluate"] |= {"prompts": list(prompts), "seeds": list(seeds)}
     write(root / "params.yaml", yaml.safe_dump(params, sort_keys=False, allow_unicode=True))
+    seal_run(root)
+
+
+def seal_run(root: Path) -> None:
+    """Write the hashes that the stages leave beside what they make, of what is there now."""
+    data = root / "data"
+    if not (data / "pairs/rejected.jsonl").exists():
+        write(data / "pairs/rejected.jsonl", "")
+    write_sum(data / "pairs/rejected.jsonl")
+    write_sums(data / "unet")
+    unet = hash_file(data / "unet" / SUMS)
+    write(data / "training/plots/run.json", json.dumps({"unet_sha256": unet}))
+    for directory in (data / "training/plots", data / "encode_images_report"):
+        write_sums(directory)
+    path = data / "evaluation/report.json"
+    report = json.loads(path.read_text())
+    report |= {
+        "unet_sha256": unet,
+        "base_files": hashes_of_pictures(data / "baseline"),
+        "files": hashes_of_pictures(data / "evaluation"),
+    }
+    write_sealed_json(path, {name: value for name, value in report.items() if name != "sha256"})
 
 
 def write_lock(root: Path) -> None:

@@ -33,7 +33,15 @@ from stages.lib.store.blocks import Block
 from stages.lib.store.work_store import WorkStore
 from stages.lib.store.zarr_store import open_store, read_array
 from tests.checkpoints import edit_json
-from tests.conftest import REPOSITORY, changed, content_fingerprint, draw_image, run_encoders, write_params
+from tests.conftest import (
+    REPOSITORY,
+    changed,
+    content_fingerprint,
+    draw_image,
+    reseal,
+    run_encoders,
+    write_params,
+)
 
 STOPPED = """
 import sys, time
@@ -103,6 +111,7 @@ def test_reconstruction_psnr_equals_a_round_trip_of_diffusers(encoded, base):
     if base == "the bundled VAE":
         shutil.rmtree("data/base/vae")
         shutil.copytree(REPOSITORY / "data" / "tiny" / "vae", "data/base/vae")
+        reseal()
     vae = AutoencoderKL.from_pretrained("data/base/vae").eval()
     scores = {}
     for path in sorted(Path("images").glob("*.png")):
@@ -127,6 +136,7 @@ def test_the_worst_reconstructions_come_first():
 
 def test_the_store_names_scale_and_shift_of_its_vae(encoded):
     edit_json(Path("data/base/vae/config.json"), scaling_factor=0.3, shift_factor=0.25)
+    reseal()
     encode_images.main(read_params())
     latents = read_latents()
     assert (latents.scaling_factor, latents.shift_factor) == (0.3, 0.25)
@@ -266,6 +276,7 @@ def test_stores_of_another_encoder_are_refused_where_the_encoder_is_at_hand(enco
         (weights,) = Path("data/base", component).glob("*.safetensors")
         content = weights.read_bytes()
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        reseal()
         with pytest.raises(StageError, match=message + r".*run `dvc repro encode_(captions|images)`"):
             baseline.main(read_params())
         weights.write_bytes(content)
@@ -274,12 +285,14 @@ def test_stores_of_another_encoder_are_refused_where_the_encoder_is_at_hand(enco
 def test_a_changed_vae_weight_encodes_anew_and_the_same_in_another_file_nothing(encoded, written):
     weights = Path("data/base/vae/diffusion_pytorch_model.safetensors")
     renamed = weights.rename(weights.with_name("model.safetensors"))
+    reseal()
     encode_images.main(read_params())
     assert written == []
     renamed.rename(weights)
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1  # of the last weight
     weights.write_bytes(content)
+    reseal()
     encode_images.main(read_params())
     assert len(written) == 12 + 4
 
@@ -384,6 +397,7 @@ def test_non_finite_latents_name_the_sample(encoded, monkeypatch):
     weights = load_file(path)
     weights["quant_conv.bias"][:] = 1e6  # beyond float16
     save_file(weights, path, {"format": "pt"})
+    reseal()
     with pytest.raises(StageError, match=r"non-finite.*00\.png \(centre\)"):
         encode_images.main(read_params())
 

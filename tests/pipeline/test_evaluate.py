@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from stages import baseline, evaluate, fetch_base, report
 from stages.lib.core.draws import generator
+from stages.lib.core.tensors import write_checked
 from stages.lib.data.pairs import SampleCaptions, read_captions
 from stages.lib.drawing.grids import GridRow, draw_grid
 from stages.lib.encoding.conditioning import read_conditioning
@@ -47,6 +48,7 @@ from tests.conftest import (
     draw_image,
     make_project,
     read_lineage,
+    reseal,
     run_encoders,
     run_train,
     write_params,
@@ -292,7 +294,7 @@ def test_learning_is_labelled_with_steps_and_captions(tmp_path, monkeypatch, tab
     for step in steps:
         latents = torch.tensor([[step, 1.0], [step, 2.0]])
         metadata = {"captions": json.dumps(captions), "global_step": str(step)}
-        save_file({"latents": latents}, tmp_path / f"step-{step:08d}.safetensors", metadata)
+        write_checked(tmp_path / f"step-{step:08d}.safetensors", {"latents": latents}, metadata)
     learning(None, tmp_path)
     ((title, columns, rows),) = tables
     assert title == "Learning over time" and columns == [f"step {step}" for step in steps]
@@ -341,9 +343,11 @@ def test_each_metric_picture_starts_from_noise_of_its_own(tmp_path, monkeypatch)
 
 
 def test_what_is_switched_off_says_so_in_its_place(evaluated):
-    shutil.rmtree("data/training/previews")
+    for preview in Path("data/training/previews").glob("step-*"):
+        preview.unlink()
     params = write_params(evaluate={"denoising_every_steps": None, "bootstrap_resamples": 100})
     shutil.rmtree("data/base/clip")
+    reseal()
     baseline.main(params)
     evaluate.main(params)
     report.main(params)
@@ -447,6 +451,7 @@ def test_another_batch_size_gives_the_same_numbers(evaluated):
     before = {name: value or 0.0 for name, value in read_json("data/baseline/metrics.json").items()}
     params = write_params(evaluate=TWO_SETTINGS | {"batch_size": 5})
     baseline.main(params)
+    evaluate.main(params)
     report.main(params)
     after = {name: value or 0.0 for name, value in read_json("data/baseline/metrics.json").items()}
     assert after == pytest.approx(before, rel=1e-3, abs=1e-4)
@@ -454,6 +459,7 @@ def test_another_batch_size_gives_the_same_numbers(evaluated):
 
 def test_another_prediction_is_sampled_with_its_scheduler_and_not_compared(evaluated):
     edit_json(Path("data/unet/scheduler_config.json"), prediction_type="v_prediction")
+    reseal()
     before = Path("data/evaluation/samples/base_guidance3_steps2/prompt00_seed0.png").read_bytes()
     evaluate.main(read_params())
     report.main(read_params())

@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,10 +28,12 @@ from huggingface_hub.errors import (
 )
 
 from stages import fetch_base
+from stages.lib.core.sums import SUMS
 from stages.lib.evaluation.measuring.clip_features import load_clip
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Params, read_params
 from stages.lib.models import loaders
+from stages.lib.models.layout import check_base, check_component
 from stages.lib.models.weights import component_fingerprint
 from tests.checkpoints import edit_json, reshard, sd15_like, sd21_like, tiny_pipeline
 from tests.clips import bundled_clip
@@ -69,7 +72,7 @@ def content(directory: Path) -> dict[str, str]:
     return {
         path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != SUMS
     }
 
 
@@ -132,7 +135,43 @@ def test_links_are_resolved_and_never_made(source: Path, tmp_path: Path) -> None
     fetch(source)
     copies = [path for path in BASE.rglob("*") if path.is_file()]
     assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in copies)
-    assert len(copies) == 12 and not (BASE / "unet").is_symlink()
+    assert len(copies) == 12 + 6 and not (BASE / "unet").is_symlink()
+
+
+def test_the_hashes_are_those_of_sha256sum_and_tell_every_kind_of_damage(
+    source: Path, tmp_path: Path
+) -> None:
+    fetch(source)
+    earlier = shutil.copytree(BASE / "vae", tmp_path / "earlier")
+    edit_json(source / "vae/config.json", scaling_factor=0.3)
+    fetch(source)
+    for directory in (BASE, BASE / "vae"):
+        subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=directory, check=True)
+    check_base(BASE)
+    weights = BASE / "unet/diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-7] ^= 4
+    for damaged in (flipped, whole[:-1], b""):
+        weights.write_bytes(damaged)
+        with pytest.raises(
+            StageError, match=r"unet: damaged, changed diffusion.*`dvc repro -f -s fetch_base`"
+        ):
+            check_component(BASE, "unet")
+    weights.write_bytes(whole)
+    (BASE / "tokenizer/vocab.json").rename(BASE / "tokenizer/tokenizer.json")
+    with pytest.raises(StageError, match=r"missing vocab\.json; unexpected tokenizer\.json"):
+        check_component(BASE, "tokenizer")
+    check_component(BASE, "vae")
+    shutil.rmtree(BASE / "vae")
+    with pytest.raises(StageError, match=r"data/base: damaged, missing vae/SHA256SUMS"):
+        check_base(BASE)
+    shutil.copytree(earlier, BASE / "vae")
+    with pytest.raises(StageError, match=r"expected the one that data/base/SHA256SUMS lists, got another"):
+        check_component(BASE, "vae")
+    (BASE / "vae" / SUMS).write_bytes(b"\xff")
+    with pytest.raises(StageError, match=r"vae/SHA256SUMS: expected the hashes of the files beside it, got"):
+        check_component(BASE, "vae")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +239,9 @@ def test_training_loads_neither_text_encoder_nor_vae(source: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
+from stages.lib.core.sums import SUMS
 from stages.lib.models import loaders
+from stages.lib.models.layout import check_base, check_component
 heavy = {{"torch", "diffusers", "transformers", "PIL"}} & set(sys.modules)
 assert not heavy, f"importing loaders loads {{heavy}}"
 loaders.load_unet(Path({str(source)!r}))

@@ -16,6 +16,8 @@ from fsspec.implementations.dirfs import DirFileSystem
 from PIL import Image
 
 from stages import gallery
+from stages.lib.core.sums import write_sealed_json
+from stages.lib.core.tensors import write_safetensors
 from stages.lib.frame.errors import StageError
 from stages.lib.page.charts import (
     BOTTOM,
@@ -35,7 +37,7 @@ from stages.lib.page.metric_lines import verdict
 from stages.lib.page.run import Curve, Estimate
 from tests.browser import headless_browser
 from tests.conftest import REPOSITORY
-from tests.evaluations import PROMPTS, metric, write_lock, write_run
+from tests.evaluations import PROMPTS, metric, seal_run, write_lock, write_run
 
 PAGE = Path("data/evaluation/index.html")
 
@@ -195,6 +197,7 @@ def test_more_of_what_is_better_the_higher_is_better(run):
         for number, tuned in enumerate((0.6, 0.4))
     ]
     Path("data/evaluation/report.json").write_text(json.dumps(report))
+    seal_run(Path())
     text = written().text
     assert "Metric 0 ↑ higher is better" in text
     assert "fine-tuned 0.6000 0.5900 to 0.6100 +0.1000 better 0.09000 to 0.1100" in text
@@ -214,6 +217,7 @@ def test_a_verdict_follows_the_interval_and_the_direction():
 def test_curves_keep_every_point_and_skip_what_is_not_finite(run):
     path = Path("data/training/plots/metrics/grad_norm.tsv")
     path.write_text("step\tgrad_norm\n10\t1.0\n20\tnan\n30\t3.0\n")
+    seal_run(Path())
     page = written()
     titles = ["Training loss", "Held-out loss", "Learning rate", "Gradient norm"]
     assert re.findall(r"<h3>([^<]*)</h3>\s*<p class=\"readout\"", PAGE.read_text()) == titles
@@ -241,6 +245,7 @@ def test_a_run_without_held_out_samples_has_no_headline(run):
     report = json.loads(Path("data/evaluation/report.json").read_text())
     report["metrics"] = report["metrics"][1:]
     Path("data/evaluation/report.json").write_text(json.dumps(report))
+    seal_run(Path())
     assert "→" not in written().text.split("Samples")[0]
 
 
@@ -287,11 +292,16 @@ def test_a_lock_of_another_evaluation_is_not_taken_for_this_ones(run):
 def test_the_weights_metadata_is_what_safetensors_reads(tmp_path):
     file = tmp_path / "unet" / "weights.safetensors"
     file.parent.mkdir()
+    files = DirFileSystem(tmp_path.as_posix(), target_protocol="file")
     metadata = {"global_step": "700", "pairs": "d" * 64}
     safetensors.torch.save_file({"weight": torch.ones(3)}, file, metadata)
-    assert (
-        read_weights_lineage(DirFileSystem(tmp_path.as_posix(), target_protocol="file"), "unet") == metadata
-    )
+    assert read_weights_lineage(files, "unet", is_earlier=True) == metadata
+    with pytest.raises(ValueError, match="checksum of the header"):
+        read_weights_lineage(files, "unet")
+    write_safetensors(file, {"weight": torch.ones(3)}, metadata)
+    assert read_weights_lineage(files, "unet") == metadata
+    with safetensors.safe_open(file, "pt") as opened:
+        assert metadata.items() < opened.metadata().items()
 
 
 @pytest.mark.parametrize(
@@ -309,8 +319,8 @@ def test_a_missing_output_names_the_stage_to_run(run, path, stage):
 
 
 def test_a_report_of_another_version_is_refused(run):
-    Path("data/evaluation/report.json").write_text('{"prompts": ["red heart"]}')
-    with pytest.raises(StageError, match=r"report\.json: .*KeyError.*run `dvc repro report`"):
+    write_sealed_json(Path("data/evaluation/report.json"), {"prompts": ["red heart"]})
+    with pytest.raises(StageError, match=r"report\.json: .*KeyError.*run `dvc repro -f -s report`"):
         gallery.main(None)
 
 

@@ -17,7 +17,8 @@ from PIL import Image
 
 from stages import prepare
 from stages.lib.core import paths
-from stages.lib.data.pairs import image_index, iter_images, read_captions
+from stages.lib.data.image_shards import image_index, iter_images
+from stages.lib.data.pairs import read_captions
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Params, read_params
 from tests.conftest import REPOSITORY, changed
@@ -60,7 +61,9 @@ def outputs() -> dict[str, bytes]:
 
 
 def images(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {name: content for name, content in files.items() if name.startswith("pairs/images/")}
+    return {
+        name: content for name, content in files.items() if name.endswith(".parquet") and "/images/" in name
+    }
 
 
 def metrics() -> dict[str, int]:

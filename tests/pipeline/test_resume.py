@@ -168,7 +168,9 @@ def killed(made_encoded: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         shutil.rmtree(root / made)
     done = run(root, "-c", RUN % KILLED_AFTER)
     assert done.returncode == -9, done.stderr
-    assert [path.stem for path in sorted((root / ".work/train").rglob("*.pt"))][-1] == "step-00000008"
+    assert [path.stem for path in sorted((root / ".work/train").rglob("step-*.safetensors"))][
+        -1
+    ] == "step-00000008"
     return root, whole
 
 
@@ -300,7 +302,7 @@ def test_the_best_is_told_by_losses_measured_alike_or_the_run_begins_anew(encode
     run_train(validation_every_steps=2, export="best")
     assert content_fingerprint(Path("data/unet")) == kept
     run_train(validation_every_steps=2, export="last")  # measured alike, whichever is exported
-    assert len(list(Path(".work/train").rglob("step-*.pt"))) == 2
+    assert len(list(Path(".work/train").rglob("step-*.safetensors"))) == 2
 
 
 def test_previews_made_otherwise_are_left_out_and_the_last_is_made_anew(encoded, monkeypatch):

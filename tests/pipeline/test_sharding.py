@@ -59,7 +59,7 @@ def test_sharded_training_agrees_to_rounding_and_resumes_bit_for_bit(encoded):
     assert curve("validation_loss") == pytest.approx(losses, rel=1e-4)
 
     (directory,) = Path("undisturbed/train").iterdir()
-    (directory / "step-00000008.pt").unlink()
+    (directory / "step-00000008.safetensors").unlink()
     assert "resuming at step 6" in run_sharded("undisturbed")
     assert outputs() == undisturbed
 

@@ -30,7 +30,15 @@ from stages.lib.training.batches import draw_batch, parts_of_process, training_s
 from stages.lib.training.checkpoints import Checkpoints
 from stages.lib.training.feed import load_part
 from stages.lib.training.optimizers import build_lr_schedule, build_optimizer
-from tests.conftest import REPOSITORY, changed, content_fingerprint, read_lineage, run_train, write_params
+from tests.conftest import (
+    REPOSITORY,
+    changed,
+    content_fingerprint,
+    read_lineage,
+    reseal,
+    run_train,
+    write_params,
+)
 
 CURVES = ("train_loss", "weighted_loss", "validation_loss", "lr", "grad_norm")
 CPU = torch.device("cpu")
@@ -196,7 +204,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(encoded):
     run_train()
     first = outputs()
     (directory,) = Path(".work/train").iterdir()
-    newest = sorted(directory.glob("*.pt"))[-1]
+    newest = sorted(directory.glob("step-*.safetensors"))[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
     run_train()
     assert outputs() == first
@@ -206,7 +214,10 @@ def test_checkpoints_keep_the_last_two(tmp_path):
     checkpoints = Checkpoints(tmp_path, "f" * 64)
     for step in (2, 4, 6):
         checkpoints.save(step, {"value": torch.tensor(step)})
-    assert [path.name for path in checkpoints.paths()] == ["step-00000004.pt", "step-00000006.pt"]
+    assert [path.name for path in checkpoints.paths()] == [
+        "step-00000004.safetensors",
+        "step-00000006.safetensors",
+    ]
     assert checkpoints.load_latest()["value"] == 6
 
 
@@ -215,6 +226,7 @@ def test_a_non_finite_loss_names_step_samples_and_checkpoint(encoded):
     weights = load_file(path)
     weights["conv_out.bias"][0] = float("nan")
     save_file(weights, path, {"format": "pt"})
+    reseal()
     with pytest.raises(StageError, match=r"non-finite loss at step 1: \d\d\.png \(timestep \d+\).*none yet"):
         run_train()
 
@@ -229,7 +241,7 @@ def test_a_non_finite_gradient_stops_before_a_checkpoint(encoded, monkeypatch):
     monkeypatch.setattr(loop, "train_step", spoilt)
     with pytest.raises(StageError, match=r"non-finite gradient at step 1: \d\d\.png \(timestep \d+\)"):
         run_train()
-    assert not list(Path(".work/train").rglob("*.pt"))
+    assert not list(Path(".work/train").rglob("step-*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -286,6 +298,7 @@ def test_bf16_trains_close_to_float32_and_validates_in_float32(encoded, monkeypa
 def test_stores_of_another_model_are_refused(encoded):
     config = UNet2DConditionModel.load_config("data/base/unet")
     UNet2DConditionModel.from_config(config, cross_attention_dim=16).save_pretrained("data/base/unet")
+    reseal()
     with pytest.raises(StageError, match=r"captions\.zarr: width 32, data/base/unet takes 16"):
         run_train()
 

@@ -5,30 +5,53 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import shutil
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from stages.lib.frame.errors import StageError
+from stages.lib.frame.errors import StageError, is_printable
+from stages.lib.frame.locks import follow_group, lies_at, try_lock
 
 _DAY = 24 * 60 * 60  # seconds
 
 
 def fresh_directory(path: Path) -> Path:
     """Empty ``path`` for a stage's output; nothing of an earlier or killed run stays in it."""
-    if path.is_dir():
-        shutil.rmtree(path)
+    remove(path)
     path.mkdir(parents=True)
     return path
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a directory with all that it holds, or a link, but not what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a metrics file: sorted keys, one value a line, the same bytes for the same values."""
+    write_text(path, json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a JSON object a line; what no terminal should get, or ends a line for some, is escaped."""
+    write_text(path, "".join(_escaped(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; another name of the file that was there keeps what it holds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomically(path, text.encode())
+
+
+def _escaped(text: str) -> str:
+    """JSON in which all that is not printable is escaped, halves of surrogate pairs too."""
+    return "".join(each if is_printable(each) else json.dumps(each)[1:-1] for each in text)
 
 
 def read_json(path: Path, remedy: str = "fetch or make it again") -> dict[str, Any]:
@@ -54,20 +77,38 @@ def read_json(path: Path, remedy: str = "fetch or make it again") -> dict[str, A
 
 @contextlib.contextmanager
 def open_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which is there as a whole and durable at the end, and after an error not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}@{platform.node()}.partial")
+    """A file to write, which is there as a whole and durable at the end, and after an error not at all.
+
+    It is locked while it is written, so that nobody takes it for one that a killed process has left.
+    """
+    partial, handle = _new_partial(path)
     try:
-        with open(partial, "wb") as handle:
+        with handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        partial.replace(path)
+            partial.replace(path)  # before it is closed, and so unlocked
         _sync_directory(path.parent)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # writing to a full disk does not name it
         raise
+
+
+def _new_partial(path: Path) -> tuple[Path, IO[bytes]]:
+    """A file of a name that nobody else takes, on whatever host and in whatever container, and its lock."""
+    while True:
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+        handle = open(partial, "xb")  # noqa: SIM115
+        with contextlib.suppress(OSError):  # a file system without locks
+            if not try_lock(handle):
+                handle.close()
+                continue
+        if lies_at(handle, partial):
+            follow_group(partial)
+            return partial, handle
+        handle.close()  # removed before it was locked
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -77,26 +118,19 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_partials(directory: Path) -> None:
-    """Remove what killed processes were writing, and what another host began more than a day ago."""
+    """Remove what killed processes were writing: what nobody holds a lock on."""
     for partial in directory.glob("*.partial"):
-        writer, _, host = partial.name.removesuffix(".partial").rpartition("@")
-        with contextlib.suppress(FileNotFoundError):  # finished meanwhile
-            if host == platform.node():
-                abandoned = not _is_alive(int(writer.rpartition(".")[2]))
-            else:
-                abandoned = time.time() - partial.stat().st_mtime > _DAY
-            if abandoned:
-                partial.unlink()
+        # Finished meanwhile, or another user's.
+        with contextlib.suppress(FileNotFoundError, PermissionError), open(partial, "rb") as handle:
+            if _is_abandoned(handle):
+                partial.unlink()  # still locked: its name is nobody's to take
 
 
-def _is_alive(pid: int) -> bool:
+def _is_abandoned(handle: IO[bytes]) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
+        return try_lock(handle)
+    except OSError:  # a file system without locks
+        return time.time() - os.fstat(handle.fileno()).st_mtime > _DAY
 
 
 def _sync_directory(directory: Path) -> None:

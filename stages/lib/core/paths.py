@@ -31,8 +31,10 @@ ENCODE_IMAGES_METRICS = DATA / "encode_images_metrics.json"
 # train
 TRAINED_UNET = DATA / "unet"
 TRAINING = DATA / "training"
-CURVES = TRAINING / "plots" / "metrics"
+PLOTS = TRAINING / "plots"
+CURVES = PLOTS / "metrics"
 PREVIEWS = TRAINING / "previews"
+RUN_FILE = "run.json"  # in the two above: which weights they belong to
 TRAINING_SPEED = DATA / "training_speed.json"  # this machine's, no output of DVC's
 
 # baseline, evaluate, report, gallery

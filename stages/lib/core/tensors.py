@@ -1,13 +1,17 @@
-"""Safetensors files: written with the same bytes for the same tensors, and their headers read.
+"""Safetensors files: written with the same bytes for the same tensors, and read with every byte checked.
 
 The format: 8 bytes of header length, little-endian; a JSON header, padded with blanks to a multiple of 8;
-the tensors' bytes. This is the one module that knows it.
+the tensors' bytes. This is the one module that knows it. In the metadata lies a SHA-256 of the header, and in
+a file that only this project reads a CRC-32 of each tensor; other readers pass over them.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +27,11 @@ ITEM_BYTES = {
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+TORCH_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "F16": "float16", "BF16": "bfloat16",
+    "I32": "int32", "F32": "float32", "I64": "int64", "F64": "float64",
+}  # fmt: skip
+_CHECKSUMS, _HEADER_HASH = "checksums", "header_sha256"
 
 
 class StoredTensor(NamedTuple):
@@ -90,23 +99,123 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
     order of a hash map, another one in each process. Here both are sorted by name, so the same
     tensors give the same bytes.
     """
+    _write(path, {name: (tensor, "F32") for name, tensor in tensors.items()}, metadata)
+
+
+def write_checked(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """As `write_safetensors`, in the tensors' own dtypes and with checksums, for `read_checked`."""
+    name_of = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
+    stored = {
+        name: (tensor, name_of[str(tensor.dtype).removeprefix("torch.")]) for name, tensor in tensors.items()
+    }
+    _write(path, stored, metadata, checked=True)
+
+
+def read_checked(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a file of `write_checked`; no bit of it is other than it was written.
+
+    Raises:
+        ValueError: if it is damaged, or no such file.
+        OSError: if it cannot be read.
+    """
     import torch
 
-    names = sorted(tensors)
-    header: dict[str, object] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    found: dict[str, torch.Tensor] = {}
+    with open(path, "rb") as file:
+        header = read_header(file, path.stat().st_size)
+        metadata = checked_metadata(header)
+        checksums = json.loads(header.metadata.get(_CHECKSUMS, "{}"))
+        for name, stored in sorted(header.tensors.items(), key=lambda item: item[1].start):
+            content = bytearray(stored.num_bytes)
+            if file.readinto(content) != stored.num_bytes:
+                raise ValueError("truncated")
+            if f"{zlib.crc32(content):08x}" != checksums.get(name):
+                raise ValueError(f"checksum of tensor {name}")
+            dtype = getattr(torch, TORCH_DTYPES[stored.dtype])
+            values = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            found[name] = values.reshape(stored.shape)
+    return found, metadata
+
+
+def _write(
+    path: Path,
+    stored: Mapping[str, tuple[torch.Tensor, str]],
+    metadata: Mapping[str, str],
+    checked: bool = False,
+) -> None:
+    """Tensors and how they are stored; checksums are filled in when the last tensor has passed."""
+    import torch
+
+    names = sorted(stored)
+    checksums = dict.fromkeys(names, "0" * 8) if checked else None
+    tensors: dict[str, Any] = {}
     start = 0
     for name in names:
-        stop = start + 4 * tensors[name].numel()
-        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [start, stop]}
+        tensor, dtype = stored[name]
+        stop = start + ITEM_BYTES[dtype] * tensor.numel()
+        tensors[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, stop]}
         start = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
     with open_atomically(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(_header_bytes(metadata, tensors, checksums))
         for name in names:
-            tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
-            file.write(tensor.reshape(-1).numpy().data)
+            tensor, dtype = stored[name]
+            tensor = tensor.detach().to("cpu", getattr(torch, TORCH_DTYPES[dtype])).contiguous()
+            content = _bytes_of(tensor)
+            file.write(content)
+            if checksums is not None:
+                checksums[name] = f"{zlib.crc32(content):08x}"
+        if checksums is not None:
+            file.seek(0)
+            file.write(_header_bytes(metadata, tensors, checksums))
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A contiguous CPU tensor's bytes where they lie. `numpy` would forbid its owner to resize them."""
+    num_bytes = tensor.numel() * tensor.element_size()
+    if not num_bytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * num_bytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def _header_bytes(
+    metadata: Mapping[str, str], tensors: Mapping[str, Any], checksums: Mapping[str, str] | None
+) -> bytes:
+    """Of the same length whatever the checksums are."""
+    texts = {"format": "pt", **metadata}
+    if checksums is not None:
+        texts[_CHECKSUMS] = json.dumps(checksums, sort_keys=True)
+    texts[_HEADER_HASH] = _hash_of_header(texts, tensors)
+    text = json.dumps(
+        {"__metadata__": dict(sorted(texts.items())), **tensors}, separators=(",", ":")
+    ).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _hash_of_header(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> str:
+    texts = {name: value for name, value in metadata.items() if name != _HEADER_HASH}
+    return hashlib.sha256(json.dumps([texts, tensors], sort_keys=True).encode()).hexdigest()
+
+
+def checked_metadata(header: Header) -> dict[str, str]:
+    """What the writer of a header put into its metadata.
+
+    Raises:
+        ValueError: if the header is not as it was written.
+    """
+    first = min((stored.start for stored in header.tensors.values()), default=0)
+    tensors = {
+        name: {
+            "dtype": stored.dtype,
+            "shape": list(stored.shape),
+            "data_offsets": [stored.start - first, stored.start - first + stored.num_bytes],
+        }
+        for name, stored in header.tensors.items()
+    }
+    if header.metadata.get(_HEADER_HASH) != _hash_of_header(header.metadata, tensors):
+        raise ValueError("checksum of the header")
+    own = (_CHECKSUMS, _HEADER_HASH, "format")
+    return {name: value for name, value in header.metadata.items() if name not in own}
 
 
 def _read(file: IO[bytes], num_bytes: int) -> bytes:

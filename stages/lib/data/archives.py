@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+
 from stages.lib.frame.errors import StageError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -35,7 +36,11 @@ def extract(archive: Path, target: Path) -> None:
             with tarfile.open(archive) as bundle_of_tape:
                 members = _safe_tar_members(archive, bundle_of_tape)
                 bundle_of_tape.extractall(target, members=members, filter="data")
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+    except (StageError, MemoryError):
+        raise
+    except Exception as error:  # the two modules and their decoders raise a dozen types for damaged files
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+            raise
         raise StageError(f"{archive}: cannot be unpacked ({error}); make the archive again") from error
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import zlib
+
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from stages.lib.data.pairs import StoredImage
 
+from stages.lib.data.image_shards import StoredImage
 
 Image.init()  # loads every format now: left to the first images, it races between threads
 
@@ -33,6 +35,7 @@ SUFFIXES = frozenset(
     ]
 )
 _UPRIGHT = 1
+_PNG_SIGNATURE_BYTES = 8
 _PNG_BIT_DEPTH = 24  # offset of the byte in the header chunk, which comes first
 
 
@@ -53,6 +56,8 @@ def stored_image(data: bytes) -> StoredImage:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             kept = _is_plain(image, data)
             image.load()
+            if image.format == "PNG":
+                _check_pixels_of_png(data)
             if kept:
                 return StoredImage(data, *image.size)
             return png(upright_rgb(image))
@@ -83,6 +88,19 @@ def png(image: Image.Image) -> StoredImage:
     buffer = io.BytesIO()
     bare.save(buffer, "PNG")
     return StoredImage(buffer.getvalue(), *image.size)
+
+
+def _check_pixels_of_png(data: bytes) -> None:
+    """Raise UnusableImageError if a chunk of pixels is not as it was written: Pillow passes over their CRCs."""
+    position = _PNG_SIGNATURE_BYTES
+    while position + 12 <= len(data):
+        end = position + 8 + int.from_bytes(data[position : position + 4])
+        kind = data[position + 4 : position + 8]
+        if kind == b"IDAT" and zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4]):
+            raise UnusableImageError("broken image: a checksum of its pixels fails")
+        if kind == b"IEND":
+            return
+        position = end + 4
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:

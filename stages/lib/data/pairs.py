@@ -1,68 +1,27 @@
-"""The schema of data/pairs: image shards and captions, written by `prepare` and read by later stages.
+"""The schema of data/pairs that every later stage knows: captions and splits. `image_shards` has the images.
 
-A sample lies in the shard that the hash of its sample_id names: a new, edited or removed image
-changes one shard, and the others keep their bytes. The number of shards is a power of two, so that
-only doubling the data set moves samples between shards.
+Captions carry the hash of their rows, and of the images that they were prepared with.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
-import re
-from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from stages.lib.core.sums import remedy
 from stages.lib.frame.errors import StageError
 
 TRAIN, VALIDATION = "train", "validation"
-MAX_SHARDS = 64
-SAMPLES_PER_SHARD = 64
-ROW_GROUP_BYTES = 2**20
-_SHARD_NAME = re.compile(r"images-(\d{5})-of-(\d{5})\.parquet")
-_IMAGE_FEATURES = {
-    "sample_id": {"dtype": "string", "_type": "Value"},
-    "image": {"_type": "Image"},
-    "image_sha256": {"dtype": "string", "_type": "Value"},
-    "width": {"dtype": "int32", "_type": "Value"},
-    "height": {"dtype": "int32", "_type": "Value"},
-}
-IMAGE_SCHEMA = pa.schema(
-    [
-        ("sample_id", pa.string()),
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        ("image_sha256", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-    ],
-    # `datasets.load_dataset("parquet", ...)` reads its feature types from here and decodes `image`.
-    metadata={"huggingface": json.dumps({"info": {"features": _IMAGE_FEATURES}})},
-)
 CAPTION_SCHEMA = pa.schema(
     [("sample_id", pa.string()), ("captions", pa.list_(pa.string())), ("split", pa.string())]
 )
-
-
-class StoredImage(NamedTuple):
-    """An encoded RGB image and its size in pixels."""
-
-    data: bytes
-    width: int
-    height: int
-
-
-class ImageEntry(NamedTuple):
-    """What is known of a stored image without reading it: name, hash of its bytes, size in pixels."""
-
-    sample_id: str
-    image_sha256: str
-    width: int
-    height: int
+_ROWS, _IMAGES = b"rows_sha256", b"images_sha256"
 
 
 @dataclass(frozen=True)
@@ -76,39 +35,24 @@ class SampleCaptions:
 
 def split_of(sample_id: str, split_seed: int, validation_fraction: float) -> str:
     """ "train" or "validation", a function of the arguments alone: new samples move nobody."""
-    return VALIDATION if _unit_hash("split", split_seed, sample_id) < validation_fraction else TRAIN
+    return VALIDATION if unit_hash("split", split_seed, sample_id) < validation_fraction else TRAIN
 
 
-def write_images(
-    directory: Path, sample_ids: Sequence[str], load: Callable[[list[str]], Iterable[StoredImage | None]]
-) -> list[str]:
-    """Write the shards; memory stays within a row group.
+def write_captions(path: Path, samples: Iterable[SampleCaptions], images: str) -> None:
+    """Write captions.parquet, sorted by sample_id.
 
     Args:
-        directory: exists and is empty.
-        sample_ids: unique.
-        load: yields the image of each sample_id it is given, in order; None leaves it out.
-
-    Returns:
-        The sample_ids written, sorted.
+        path: of the file.
+        samples: of both splits.
+        images: hash of the images that they belong to, see `image_shards.fingerprint_of_images`.
     """
-    num_shards = _num_shards(len(sample_ids))
-    shards: list[list[str]] = [[] for _ in range(num_shards)]
-    for sample_id in sorted(sample_ids):
-        shards[_shard_of(sample_id, num_shards)].append(sample_id)
-    written: list[str] = []
-    for path, members in zip(_shard_paths(directory, num_shards), shards, strict=True):
-        written += _write_shard(path, zip(members, load(members), strict=True))
-    return sorted(written)
-
-
-def write_captions(path: Path, samples: Iterable[SampleCaptions]) -> None:
-    """Write captions.parquet, sorted by sample_id."""
+    ordered = sorted(samples, key=lambda sample: sample.sample_id)
     rows = [
         {"sample_id": sample.sample_id, "captions": list(sample.captions), "split": sample.split}
-        for sample in sorted(samples, key=lambda sample: sample.sample_id)
+        for sample in ordered
     ]
-    table = pa.Table.from_pylist(rows, schema=CAPTION_SCHEMA)
+    schema = CAPTION_SCHEMA.with_metadata({_ROWS: _hash_of(ordered, images), _IMAGES: images})
+    table = pa.Table.from_pylist(rows, schema=schema)
     pq.write_table(table, path, compression="zstd", compression_level=3, write_page_checksum=True)
 
 
@@ -118,187 +62,78 @@ def read_captions(path: Path) -> list[SampleCaptions]:
     Raises:
         StageError: if the file is missing, damaged or of another schema.
     """
-    table = _read_group(_open(path, CAPTION_SCHEMA), path, None, CAPTION_SCHEMA.names)
-    return [
-        SampleCaptions(row["sample_id"], tuple(row["captions"]), row["split"])
-        for row in sorted(table.to_pylist(), key=lambda row: row["sample_id"])
-    ]
+    return _read_captions(path)[0]
 
 
-def image_index(directory: Path) -> list[ImageEntry]:
-    """What there is, sorted by sample_id; no image is read.
-
-    Raises:
-        StageError: if a shard is missing, damaged or of another schema.
-    """
-    columns = list(ImageEntry._fields)
-    entries: list[ImageEntry] = []
-    for path in _found_shards(directory):
-        table = _read_group(_open(path, IMAGE_SCHEMA), path, None, columns)
-        entries += map(ImageEntry, *(table[column].to_pylist() for column in columns))
-    return sorted(entries)
+def images_of_captions(path: Path) -> str:
+    """The hash of the images that captions.parquet was written with; errors as of `read_captions`."""
+    return _read_captions(path)[1]
 
 
-def iter_images(directory: Path, wanted: Container[str] | None = None) -> Iterator[tuple[str, bytes]]:
-    """Yield (sample_id, encoded image) sorted by sample_id, a row group a shard in memory.
-
-    Args:
-        directory: of the shards.
-        wanted: sample_ids; None for all. Row groups without any of them are not read.
-
-    Raises:
-        StageError: if a shard is missing, damaged or of another schema.
-    """
-    shards = [_shard_rows(path, wanted) for path in _found_shards(directory)]
-    yield from heapq.merge(*shards, key=lambda row: row[0])
-
-
-def scan_images(directory: Path, wanted: Container[str] | None = None) -> Iterator[tuple[str, bytes]]:
-    """As `iter_images`, but shard by shard: one row group is in memory, whatever the data set's size."""
-    for path in _found_shards(directory):
-        yield from _shard_rows(path, wanted)
-
-
-def read_images(directory: Path, sample_ids: Iterable[str]) -> dict[str, bytes]:
-    """The encoded images of a few samples, in the order asked for.
-
-    Raises:
-        StageError: if there is no such sample, or a shard is missing, damaged or of another schema.
-    """
-    order = list(sample_ids)
-    paths = _found_shards(directory)
-    wanted: dict[Path, set[str]] = defaultdict(set)
-    for sample_id in order:
-        wanted[paths[_shard_of(sample_id, len(paths))]].add(sample_id)
-    found: dict[str, bytes] = {}
-    for path, members in wanted.items():
-        file = _open(path, IMAGE_SCHEMA)
-        for group in range(file.num_row_groups):
-            names = _read_group(file, path, group, ["sample_id"])["sample_id"].to_pylist()
-            if members.isdisjoint(names):
-                continue
-            images = _read_group(file, path, group, ["image"])["image"]
-            found |= {
-                name: image["bytes"].as_py()
-                for name, image in zip(names, images, strict=True)
-                if name in members
-            }
-    if missing := [sample_id for sample_id in order if sample_id not in found]:
+def _read_captions(path: Path) -> tuple[list[SampleCaptions], str]:
+    file = open_table(path, CAPTION_SCHEMA)
+    table = read_group(file, path, None, CAPTION_SCHEMA.names)
+    metadata = file.schema_arrow.metadata or {}
+    images = metadata.get(_IMAGES, b"").decode(errors="replace")
+    try:
+        samples = [
+            SampleCaptions(row["sample_id"], tuple(row["captions"]), row["split"])
+            for row in sorted(table.to_pylist(), key=lambda row: row["sample_id"])
+        ]
+    except (TypeError, ValueError, KeyError) as error:  # of rows that are none of ours
         raise StageError(
-            f"{directory}: expected the image of {missing[0]!r}, found none ({len(missing)} missing); "
-            "run `dvc repro prepare`"
+            f"{path}: expected sample_id, captions and split, got {error!r}; {remedy('prepare')}"
+        ) from error
+    if metadata.get(_ROWS, b"").decode(errors="replace") != _hash_of(samples, images):
+        raise StageError(
+            f"{path}: expected the rows whose hash it carries, got {len(samples)} rows that are others; "
+            f"{remedy('prepare')}"
         )
-    return {sample_id: found[sample_id] for sample_id in order}
+    return samples, images
 
 
-def _unit_hash(*key: str | int) -> float:
+def _hash_of(samples: Sequence[SampleCaptions], images: str) -> str:
+    rows = [[sample.sample_id, *sample.captions, sample.split] for sample in samples]
+    return hashlib.sha256(json.dumps([rows, images]).encode()).hexdigest()
+
+
+def unit_hash(*key: str | int) -> float:
     """A number in [0, 1) that depends on the key alone."""
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-def _num_shards(num_samples: int) -> int:
-    num_shards = 1
-    while num_shards < MAX_SHARDS and num_shards * SAMPLES_PER_SHARD < num_samples:
-        num_shards *= 2
-    return num_shards
+def open_table(path: Path, schema: pa.Schema) -> pq.ParquetFile:
+    """A Parquet file of a schema.
 
-
-def _shard_of(sample_id: str, num_shards: int) -> int:
-    return int(_unit_hash("shard", sample_id) * num_shards)
-
-
-def _shard_paths(directory: Path, num_shards: int) -> list[Path]:
-    return [directory / f"images-{index:05d}-of-{num_shards:05d}.parquet" for index in range(num_shards)]
-
-
-def _write_shard(path: Path, images: Iterable[tuple[str, StoredImage | None]]) -> list[str]:
-    written: list[str] = []
-    rows: list[dict[str, Any]] = []
-    num_bytes = 0
-    with pq.ParquetWriter(
-        path,
-        IMAGE_SCHEMA,
-        compression="none",
-        use_dictionary=False,
-        write_statistics=["sample_id"],
-        write_page_checksum=True,
-    ) as writer:
-        for sample_id, image in images:
-            if image is None:
-                continue
-            rows.append(
-                {
-                    "sample_id": sample_id,
-                    "image": {"bytes": image.data, "path": sample_id},
-                    "image_sha256": hashlib.sha256(image.data).hexdigest(),
-                    "width": image.width,
-                    "height": image.height,
-                }
-            )
-            written.append(sample_id)
-            num_bytes += len(image.data)
-            if num_bytes >= ROW_GROUP_BYTES:
-                writer.write_table(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA))
-                rows, num_bytes = [], 0
-        if rows:
-            writer.write_table(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA))
-    return written
-
-
-def _found_shards(directory: Path) -> list[Path]:
-    """All shards of the directory in their order, none missing."""
-    remedy = "run `dvc repro prepare`"
-    names = sorted(path.name for path in directory.glob("*.parquet"))
-    matches = [_SHARD_NAME.fullmatch(name) for name in names]
-    if not names or not all(matches):
-        raise StageError(
-            f"{directory}: expected shards named images-00000-of-00001.parquet and so on, "
-            f"found {', '.join(names[:3]) or 'none'}; {remedy}"
-        )
-    expected = _shard_paths(directory, int(next(match[2] for match in matches if match)))
-    if names != [path.name for path in expected]:
-        odd = sorted({path.name for path in expected} ^ set(names))
-        raise StageError(
-            f"{directory}: expected {len(expected)} shards, found {len(names)}; missing or from another "
-            f"run: {', '.join(odd[:3])}; {remedy}"
-        )
-    return expected
-
-
-def _shard_rows(path: Path, wanted: Container[str] | None) -> Iterator[tuple[str, bytes]]:
-    file = _open(path, IMAGE_SCHEMA)
-    for group in range(file.num_row_groups):
-        names = _read_group(file, path, group, ["sample_id"])["sample_id"].to_pylist()
-        chosen = [index for index, name in enumerate(names) if wanted is None or name in wanted]
-        if chosen:
-            images = _read_group(file, path, group, ["image"])["image"]
-            for index in chosen:
-                yield names[index], images[index]["bytes"].as_py()
-
-
-def _open(path: Path, schema: pa.Schema) -> pq.ParquetFile:
+    Raises:
+        StageError: if it is missing, damaged, or of another schema.
+    """
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
+        found = file.schema_arrow
     except FileNotFoundError as error:
         raise StageError(f"{path}: missing; run `dvc repro prepare`") from error
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise StageError(f"{path}: not a whole Parquet file ({error}); {remedy('prepare')}") from error
+    if not found.equals(schema):
         raise StageError(
-            f"{path}: not a whole Parquet file ({error}); run `dvc repro -f -s prepare`"
-        ) from error
-    if not file.schema_arrow.equals(schema):
-        raise StageError(
-            f"{path}: expected the columns {_columns(schema)}, found {_columns(file.schema_arrow)}; "
+            f"{path}: expected the columns {_columns(schema)}, found {_columns(found)}; "
             "run `dvc repro prepare`"
         )
     return file
 
 
-def _read_group(file: pq.ParquetFile, path: Path, group: int | None, columns: list[str]) -> pa.Table:
+def read_group(file: pq.ParquetFile, path: Path, group: int | None, columns: list[str]) -> pa.Table:
+    """Columns of a row group, of all of them with None.
+
+    Raises:
+        StageError: if a page is damaged.
+    """
     try:
         return file.read(columns) if group is None else file.read_row_group(group, columns)
-    except (OSError, pa.ArrowException) as error:
-        raise StageError(f"{path}: damaged ({error}); run `dvc repro -f -s prepare`") from error
+    except (OSError, ValueError, OverflowError, MemoryError, pa.ArrowException) as error:
+        raise StageError(f"{path}: damaged ({error}); {remedy('prepare')}") from error
 
 
 def _columns(schema: pa.Schema) -> str:

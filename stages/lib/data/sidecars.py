@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import importlib.metadata
-import itertools
-import json
-import os
 import posixpath
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-import pyarrow as pa
-import pyarrow.parquet as pq
-from stages.lib.data.archives import extract, is_archive
-from stages.lib.data.emoji_art import is_flag, render_svg, short_name
-from stages.lib.frame.errors import StageError
-from stages.lib.data.images import SUFFIXES, png
-from stages.lib.core.files import fresh_directory
+
+from stages.lib.data.images import SUFFIXES
 from stages.lib.data.listing import Listing
+from stages.lib.frame.errors import StageError
 
 
 def read_sidecars(listing: Listing, shown: Path, files: list[str]) -> None:
@@ -40,6 +26,10 @@ def read_sidecars(listing: Listing, shown: Path, files: list[str]) -> None:
             listing.reject(name, "no caption file, expected a .txt of the same name beside it")
             continue
         listing.listed.add(sidecar)
+        if not listing.lies_inside(listing.folder / sidecar):
+            listing.listed.add(name)
+            listing.reject(name, f"caption file {sidecar} is a link to a file outside of the folder")
+            continue
         try:
             text = (listing.folder / sidecar).read_text(encoding="utf-8-sig")
         except (UnicodeDecodeError, OSError) as error:

@@ -14,44 +14,30 @@ Names that start with ``.`` and ``__MACOSX`` are no part of a folder.
 from __future__ import annotations
 
 import contextlib
-import csv
-import importlib.metadata
 import itertools
-import json
 import os
 import posixpath
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-import pyarrow as pa
-import pyarrow.parquet as pq
+
 from stages.lib.data.archives import extract, is_archive
-from stages.lib.data.emoji_art import is_flag, render_svg, short_name
-from stages.lib.frame.errors import StageError
-from stages.lib.data.images import SUFFIXES, png
-from stages.lib.core.files import fresh_directory
-from stages.lib.data.openmoji import DESCRIPTOR
-from stages.lib.data.tables import METADATA_NAMES
-from stages.lib.data.listing import PairSource
-from stages.lib.data.listing import Listing
-from stages.lib.data.tables import read_table
+from stages.lib.data.listing import Listing, PairSource
+from stages.lib.data.openmoji import DESCRIPTOR, read_openmoji
 from stages.lib.data.sidecars import read_sidecars
-from stages.lib.data.openmoji import read_openmoji
+from stages.lib.data.tables import METADATA_NAMES, read_table
+from stages.lib.frame.errors import StageError
+from stages.lib.frame.work_directory import extraction
 
 
 @contextlib.contextmanager
-def open_source(
-    path: Path, caption_column: str, render_resolution: int, extraction: Path
-) -> Iterator[PairSource]:
+def open_source(path: Path, caption_column: str, render_resolution: int) -> Iterator[PairSource]:
     """The source at ``path``, usable inside the `with` block.
 
     Args:
-        path: a folder or an archive of one. An archive may hold everything in one top-level folder.
+        path: a folder or an archive of one. An archive may hold everything in one top-level folder; it is
+            unpacked in the work directory until the end of the block.
         caption_column: of the metadata files.
         render_resolution: pixels, side of the OpenMoji renders.
-        extraction: where an archive is unpacked; emptied first, removed at the end.
 
     Raises:
         StageError: if there is nothing readable at ``path``.
@@ -64,11 +50,9 @@ def open_source(
         raise StageError(
             f"prepare.source {path}: expected a folder or a .tar, .tar.gz or .zip archive, found {found}"
         )
-    try:
-        extract(path, fresh_directory(extraction))
-        yield read_folder(_single_folder(extraction), caption_column, render_resolution, shown=path)
-    finally:
-        shutil.rmtree(extraction, ignore_errors=True)
+    with extraction() as directory:
+        extract(path, directory)
+        yield read_folder(_single_folder(directory), caption_column, render_resolution, shown=path)
 
 
 def read_folder(

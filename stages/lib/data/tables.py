@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import importlib.metadata
-import itertools
 import json
-import os
 import posixpath
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
 import pyarrow as pa
 import pyarrow.parquet as pq
-from stages.lib.data.archives import extract, is_archive
-from stages.lib.data.emoji_art import is_flag, render_svg, short_name
-from stages.lib.frame.errors import StageError
-from stages.lib.data.images import SUFFIXES, png
-from stages.lib.core.files import fresh_directory
+
 from stages.lib.data.listing import Listing
+from stages.lib.frame.errors import StageError
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -30,7 +22,9 @@ def read_table(listing: Listing, shown: Path, table: str, caption_column: str) -
     """Rows of data.csv or of a metadata file; ``table`` is its path in the folder."""
     where = f"{shown}/{table}"
     listing.files.discard(table)
-    rows = list(_table_rows(listing, where, table))
+    if not listing.lies_inside(listing.folder / table):
+        raise StageError(f"{where}: is a link to a file outside of the folder; put the file itself there")
+    rows = list(_table_rows(listing, where, table, ("file_name", "image_path", "caption", caption_column)))
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
     if not rows:
         return
@@ -50,18 +44,27 @@ def read_table(listing: Listing, shown: Path, table: str, caption_column: str) -
         listing.add(inside, place, row.get(caption_column))
 
 
-def _table_rows(listing: Listing, where: str, table: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, column -> value) of each row; malformed rows are rejected by their place."""
+def _table_rows(
+    listing: Listing, where: str, table: str, wanted: tuple[str, ...]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, column -> value) of each row; malformed rows are rejected by their place.
+
+    Of Parquet only the columns ``wanted`` are read; what lies in others, even of types that Python has not,
+    does not matter.
+    """
     path = listing.folder / table
     try:
         if table.endswith(".parquet"):
-            for number, row in enumerate(pq.read_table(path, partitioning=None).to_pylist(), 1):
-                yield f"{table} row {number}", row
+            unread = dict.fromkeys(pq.read_schema(path).names)
+            columns = [name for name in unread if name in wanted]
+            read = pq.read_table(path, columns=columns, partitioning=None).to_pylist()
+            for number, row in enumerate(read, 1):
+                yield f"{table} row {number}", {**unread, **row}
         elif table.endswith(".jsonl"):
             yield from _json_rows(listing, path, table)
         else:
             yield from _csv_rows(listing, path, table)
-    except (UnicodeDecodeError, csv.Error, OSError, pa.ArrowException) as error:
+    except (ValueError, ArithmeticError, TypeError, csv.Error, OSError, pa.ArrowException) as error:
         raise StageError(f"{where}: cannot be read ({error}); expected {path.suffix[1:]} in UTF-8") from error
 
 
@@ -89,7 +92,7 @@ def _json_rows(listing: Listing, path: Path, table: str) -> Iterator[tuple[str, 
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 listing.reject(place, f"not JSON: {error}")
                 continue
             if isinstance(row, dict):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
+import functools
 import hashlib
 import itertools
 import logging
@@ -29,7 +30,9 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 
+from stages.lib.core.one_checkout import check_one_checkout
 from stages.lib.encoding.batches import Encoder, InProcess, compute_with_one_thread, is_finite
+from stages.lib.frame.ends import interrupts_held_back
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.progress import progress_bar
 from stages.lib.frame.start_up import keep_freed_memory
@@ -39,6 +42,7 @@ from stages.lib.store.work_store import WorkStore
 logger = logging.getLogger(__name__)
 BLOCK_ROWS, GPU_BLOCK_ROWS = 64, 256
 IN_PROCESS_ROWS = 32  # so few are encoded sooner than worker processes start
+TO_CONNECT, TO_ENCODE = datetime.timedelta(minutes=10), datetime.timedelta(days=7)
 MAX_LOADERS = 16  # more hold more memory, and a GPU encodes no faster
 
 
@@ -60,9 +64,19 @@ class Item(NamedTuple):
 
 def processes() -> PartialState:
     """This process among those of `accelerate launch`; the only one without it."""
-    # On CPUs, accelerate takes each of several processes for the only one unless it is told; and a
-    # process that has done its share may wait long for another's.
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=datetime.timedelta(days=7))
+    # On CPUs, accelerate takes each of several processes for the only one unless it is told.
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=TO_CONNECT)
+
+
+@functools.cache
+def _patient_group() -> Any:
+    """All processes: one that has done its share may wait for days for another's."""
+    return torch.distributed.new_group(timeout=TO_ENCODE, backend="gloo")
+
+
+def _wait_for_everyone(state: PartialState) -> None:
+    if state.num_processes > 1:
+        torch.distributed.barrier(group=_patient_group())
 
 
 def encode_missing(
@@ -87,9 +101,10 @@ def encode_missing(
             SD_WORKERS is no number of workers.
     """
     state = processes()
+    check_one_checkout()
     if state.is_main_process:
         store.damaged(keys)
-    state.wait_for_everyone()
+    _wait_for_everyone(state)
     store.refresh()
     missing = {key for key in keys if key not in store}
     mine = {key for key in missing if _falls_to(state, key)}
@@ -103,7 +118,7 @@ def encode_missing(
             progress.update(count)
 
         _encode(store, _distinct(items_of(mine), mine), encoder, state.device.type, done)
-    state.wait_for_everyone()
+    _wait_for_everyone(state)
     store.refresh()
     logger.info("%s: %d %s encoded, %d reused", description, len(missing), unit, reused)
 
@@ -253,7 +268,8 @@ def _map_in_workers(
     with ProcessPoolExecutor(num_workers, context, _start_worker, (encoder, encodes)) as pool:
         try:
             for batch in batches:
-                running.append((batch, pool.submit(function, [item.value for item in batch])))
+                with interrupts_held_back():  # the first one starts the workers
+                    running.append((batch, pool.submit(function, [item.value for item in batch])))
                 if len(running) >= ahead:
                     done, future = running.popleft()
                     yield done, future.result()

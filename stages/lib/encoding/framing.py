@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from stages.lib.core.draws import unit_interval
-from stages.lib.data.pairs import ImageEntry
+from stages.lib.data.image_shards import ImageEntry
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import EncodeImages
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from stages.lib.core.devices import to_device
-from stages.lib.core.paths import LATENTS
-from stages.lib.data.pairs import SampleCaptions
+from stages.lib.core.paths import ENCODED_CAPTIONS, LATENTS
+from stages.lib.data.pairs import SampleCaptions, images_of_captions, read_captions
+from stages.lib.encoding.conditioning import Conditioning
 from stages.lib.frame.errors import StageError
 from stages.lib.models.weights import check_made_by
 from stages.lib.store.stored_rows import StoredRows
@@ -49,6 +50,7 @@ class Latents:
         scaling_factor: of the VAE's config, 0.18215 for SD 1 and 2.
         shift_factor: of the VAE's config, 0 where it has none.
         model_fingerprint: of the VAE.
+        images: hash of the images that were encoded or left out.
         fingerprint: hash of the store's content.
     """
 
@@ -58,6 +60,7 @@ class Latents:
     scaling_factor: float
     shift_factor: float
     model_fingerprint: str
+    images: str
     fingerprint: str
 
     @property
@@ -137,8 +140,31 @@ def read_latents(path: Path = LATENTS, resident: bool = True) -> Latents:
         scaling_factor=float(attributes["scaling_factor"]),
         shift_factor=float(attributes["shift_factor"] or 0.0),
         model_fingerprint=str(attributes["model_fingerprint"]),
+        images=str(attributes.get("images")),
         fingerprint=str(attributes["fingerprint"]),
     )
+
+
+def check_same_data(latents: Latents, conditioning: Conditioning, captions: Path) -> None:
+    """Raise StageError if the stores were not made of the pairs whose captions these are.
+
+    A file of an earlier run may be whole, and still not belong to the others.
+
+    Args:
+        latents, conditioning: of all samples.
+        captions: captions.parquet.
+    """
+    if latents.images != images_of_captions(captions):
+        raise StageError(
+            f"{LATENTS}: expected those of the images that {captions} was written with, got those of others; "
+            "run `dvc repro encode_images`"
+        )
+    texts = {"", *(caption for sample in read_captions(captions) for caption in sample.captions)}
+    if differing := sorted(texts ^ conditioning.row_of.keys()):
+        raise StageError(
+            f"{ENCODED_CAPTIONS}: expected the captions of {captions}, got {len(differing)} others, e.g. "
+            f"{differing[0]!r}; run `dvc repro encode_captions`"
+        )
 
 
 def check_vae(latents: Latents, vae: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from stages.lib.core.draws import unit_interval
+from stages.lib.core.files import write_json_lines
 from stages.lib.drawing.grids import GridRow, draw_grid
 from stages.lib.encoding.framing import FramedImage, LeftOut
 from stages.lib.store.work_store import WorkStore
@@ -84,8 +84,7 @@ def draw_reconstructions(
 
 def write_left_out(path: Path, left_out: Sequence[LeftOut]) -> None:
     """A JSON object a line."""
-    lines = [json.dumps(image._asdict(), ensure_ascii=False) + "\n" for image in left_out]
-    path.write_text("".join(lines), encoding="utf-8")
+    write_json_lines(path, [image._asdict() for image in left_out])
 
 
 def write_shapes(path: Path, groups: Sequence[Sequence[FramedImage]]) -> None:

@@ -1,6 +1,11 @@
-"""The one exception for what a user can mend."""
+"""The one exception for what a user can mend, and texts that are safe to show."""
 
 from __future__ import annotations
+
+import unicodedata
+
+# What turns the direction of the text around it.
+_BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 class StageError(Exception):
@@ -8,3 +13,13 @@ class StageError(Exception):
 
     Stages show it without a traceback and exit with status 1.
     """
+
+
+def is_printable(character: str) -> bool:
+    """Whether a character neither steers a terminal, nor ends a line, nor turns the text around it."""
+    return unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") and character not in _BIDIRECTIONAL
+
+
+def printable(text: str) -> str:
+    """``text`` with all but its line feeds and tabs printable: names of files are users', or strangers'."""
+    return "".join(each if each in "\n\t" or is_printable(each) else ascii(each)[1:-1] for each in text)

@@ -20,6 +20,14 @@ def describe_full_disk(error: BaseException) -> str | None:
     named = [cause.filename for cause in causes if isinstance(cause, OSError) and cause.filename]
     # Where the error names no file, it is the fullest of those that stages write to.
     places = [Path(named[0])] if named else [Path("data"), work_root(), Path(tempfile.gettempdir())]
+    if no_names := [place for place in map(_existing, places) if _free_inodes(place) == 0]:
+        place = no_names[0]
+        return (
+            f"no inode is left on the disk of {named[0] if named else place} (file system "
+            f"{_mount_point(place)}, {_free_bytes(place):,} bytes free, but no room for another file): "
+            f"{causes[0]}. What is finished is kept. Remove files there, or move the work directory with "
+            "SD_WORK, and run again"
+        )
     place = min(map(_existing, places), key=_free_bytes)
     return (
         f"no space is left on the disk of {named[0] if named else place} (file system "
@@ -55,6 +63,12 @@ def _existing(path: Path) -> Path:
 
 def _mount_point(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if os.path.ismount(parent))
+
+
+def _free_inodes(path: Path) -> int | None:
+    """None where a file system does not count them."""
+    found = os.statvfs(path)
+    return found.f_favail if found.f_files else None
 
 
 def _free_bytes(path: Path) -> int:

@@ -23,6 +23,31 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def describe_lost_process(error: BaseException) -> str | None:
+    """What to tell the user if ``error`` comes of another process of the stage having ended, else None."""
+    if num_processes() == 1:
+        return None
+    from torch.distributed import DistError  # slow to load, and loaded where there are several processes
+
+    texts = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "gloo",
+        "NCCL",
+        "TCPStore",
+    )
+    if not isinstance(error, DistError | RuntimeError | OSError):
+        return None
+    if not isinstance(error, DistError) and not any(text in str(error) for text in texts):
+        return None
+    first_line = str(error).strip().split("\n")[0]
+    return (
+        f"another of the {num_processes()} processes has ended, or cannot be reached ({first_line}); its own "
+        "message says why. Run again: what is finished is kept"
+    )
+
+
 def launch_command() -> list[str] | None:
     """What ``SD_LAUNCH`` makes of this command; None if it is not set or has done its work.
 

@@ -6,20 +6,32 @@ import contextlib
 import functools
 import hashlib
 import logging
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from stages.lib.frame.errors import StageError
+from stages.lib.frame.ends import interruptible
+from stages.lib.frame.errors import StageError, printable
 from stages.lib.frame.full_disk import describe_full_disk
-from stages.lib.frame.launch import launch, launch_command, process_index
+from stages.lib.frame.inputs import break_links, check_unmoved, inputs_of, look_at, outputs_of
+from stages.lib.frame.launch import describe_lost_process, launch, launch_command, process_index
 from stages.lib.frame.locks import exclusive
 from stages.lib.frame.params import Params, read_params
 from stages.lib.frame.start_up import keep_freed_memory
-from stages.lib.frame.work_directory import format_bytes, max_work_bytes, trim, work_root
+from stages.lib.frame.work_directory import (
+    check_work_directory,
+    format_bytes,
+    max_work_bytes,
+    trim,
+    work_root,
+)
 
 PROJECT = "stages"
+LOCKS = Path("data", ".locks")  # beside what a stage writes: whoever sees the one sees the other
+TRACEBACK = "SD_TRACEBACK"
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +41,11 @@ def run_stage(
 ) -> None:
     """Run a stage's ``main`` with validated parameters; exit 1 with one clear error if it fails.
 
-    DVC hashes params.yaml and the code when a stage *ends*. What moved while the stage ran would
-    be recorded as what produced its outputs, so the stage fails instead.
+    DVC hashes params.yaml, the code and the inputs when a stage *ends*. What moved while the stage ran
+    would be recorded as what produced its outputs, so the stage fails instead.
 
     Args:
-        name: of the stage, as in dvc.yaml; one process at a time runs it on this work directory.
+        name: of the stage, as in dvc.yaml; one process at a time runs it in this checkout.
         declared: what of params.yaml dvc.yaml lists for the stage, a section or ``section.key`` each.
         main: the stage.
         distributed: several processes can share the work; ``SD_LAUNCH`` then starts them.
@@ -41,6 +53,7 @@ def run_stage(
 
     def run() -> None:
         max_work_bytes()
+        check_work_directory()
         command = launch_command() if distributed else None
         with _turn(name):
             if command is None:
@@ -54,19 +67,55 @@ def run_stage(
 
 def run_command(name: str, main: Callable[[], None]) -> None:
     """Run what is behind a command line; one clear error without a traceback and status 1 if it fails."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for library in ("httpx", "httpx2", "huggingface_hub", "accelerate"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+        with interruptible(name):
+            main()
     except Exception as error:
-        message = describe_full_disk(error) or (str(error) if isinstance(error, StageError) else None)
-        if message is None:
+        if os.environ.get(TRACEBACK, "").strip() not in ("", "0"):
             raise
         process = f", process {process_index()}" if process_index() else ""
-        sys.exit(f"\n{name}{process}: {message}")
+        sys.exit(f"\n{name}{process}: {printable(_described(name, error))}")
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _described(name: str, error: Exception) -> str:
+    """What to tell the user of an error: what is behind it, if that is known, else where its story lies."""
+    found = describe_full_disk(error) or (str(error) if isinstance(error, StageError) else None)
+    found = found or describe_lost_process(error)
+    if found is not None:
+        return found
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return (
+            f"{os.fsdecode(error.filename)}: {error.strerror}; mend that, and run again: what is done is kept"
+        )
+    if isinstance(error, MemoryError):
+        return "out of memory; close other programs, or run on a machine with more: what is finished is kept"
+    first_line = str(error).strip().split("\n")[0]
+    return (
+        f"unexpected {type(error).__name__}: {first_line}; this is a defect, please report it with "
+        f"{_keep_traceback(name, error)}"
+    )
+
+
+def _keep_traceback(name: str, error: Exception) -> str:
+    path = work_root() / "errors" / f"{name}.txt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            "".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace"
+        )
+    except OSError:
+        return f"what it prints with {TRACEBACK}=1"
+    return str(path)
 
 
 def _hashed_code() -> dict[str, str]:
@@ -81,10 +130,10 @@ def _hashed_code() -> dict[str, str]:
 
 
 def _turn(name: str) -> contextlib.AbstractContextManager[None]:
-    """The stage's turn on this work directory; the first of several processes waits for all."""
+    """The stage's turn in this checkout; the first of several processes waits for all."""
     if process_index() > 0:
         return contextlib.nullcontext()
-    return exclusive(work_root() / "locks" / Path.cwd().name / name, f"stage {name}")
+    return exclusive(LOCKS / name, f"stage {name}")
 
 
 def _run_main(name: str, declared: tuple[str, ...], main: Callable[[Params], None]) -> None:
@@ -92,8 +141,14 @@ def _run_main(name: str, declared: tuple[str, ...], main: Callable[[Params], Non
     try:
         params = read_params()
         code = _hashed_code()
+        is_first = process_index() == 0
+        inputs = inputs_of(name, params) if is_first else []
+        seen = look_at(inputs)
+        if is_first:
+            break_links(outputs_of(name))
         main(params.only(declared))
         _check_unmoved(name, declared, params, code)
+        check_unmoved(seen, inputs, name)
     finally:
         if process_index() == 0:
             _trim(started)

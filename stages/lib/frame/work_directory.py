@@ -1,6 +1,7 @@
 """The work directory: where it is, who uses what in it, and how much it may hold.
 
-Rows lie in ``<root>/<stage>/<recipe>/*.safetensors``, checkpoints in ``<root>/train/<run>/*.pt``.
+Rows lie in ``<root>/<stage>/<recipe>/<hash>.safetensors``, checkpoints in
+``<root>/train/<run>/{step,best}-<n>.safetensors``, unpacked archives in ``<root>/extracted/<name>``.
 A process holds a shared lock on each such directory while it uses it; the kernel drops the lock when
 the process dies, however it dies. ``SD_WORK_MAX_BYTES`` bounds the sum of all rows and checkpoints:
 the least recently used are dropped first, and never from a directory in use.
@@ -9,24 +10,34 @@ the least recently used are dropped first, and never from a directory in use.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import fcntl
 import logging
 import math
 import os
 import re
+import shutil
+import tempfile
 import time
+import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from stages.lib.frame.errors import StageError
-from stages.lib.frame.locks import lies_at
+from stages.lib.frame.locks import lies_at, make_directory, open_lock, try_lock
 
 logger = logging.getLogger(__name__)
-USE_LOCK = "lock"
+USE_LOCK, OWNER = "lock", "owner"
+EXTRACTED = "extracted"
 RECIPE = "recipe.json"
 _HASH = "[0-9a-f]" * 20
-_BLOCKS, _CHECKPOINTS = "*.safetensors", "*-????????.pt"
+_BLOCKS = f"{'?' * 32}.safetensors"
+# With those of earlier versions, and what was found damaged.
+_CHECKPOINTS = ("*-????????.safetensors", "*-????????.pt", "*.damaged")
+_MINUTE, _DAY = 60 * 10**9, 24 * 60 * 60  # nanoseconds, seconds
 _last_mark = 0
 
 
@@ -43,6 +54,22 @@ def work_root() -> Path:
         if parent.parts[-3:] == (".dvc", "tmp", "exps"):
             return parent.parents[2] / ".work"
     return here / ".work"
+
+
+def check_work_directory() -> None:
+    """Raise StageError where this user cannot work in it: another's, a read-only one, no directory."""
+    root = work_root()
+    try:
+        make_directory(root)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StageError(
+            f"{root}: expected a work directory that this user may write to, got: "
+            f"{error.strerror or error}; let SD_WORK name another directory, or change its owner or modes"
+        ) from error
 
 
 def max_work_bytes() -> int | None:
@@ -66,15 +93,50 @@ def max_work_bytes() -> int | None:
 def use(directory: Path) -> IO[bytes]:
     """Make ``directory`` and keep it from being trimmed until the returned file is closed."""
     while True:
-        directory.mkdir(parents=True, exist_ok=True)
         try:
-            handle = open(directory / USE_LOCK, "ab")  # noqa: SIM115
+            handle = open_lock(directory / USE_LOCK)
         except FileNotFoundError:  # trimmed since it was made
             continue
         fcntl.flock(handle, fcntl.LOCK_SH)
         if lies_at(handle, directory / USE_LOCK):
             return handle
         handle.close()
+
+
+@contextlib.contextmanager
+def extraction() -> Iterator[Path]:
+    """An empty directory of the work directory to unpack an archive in, removed at the end.
+
+    What a killed process has left of its own is removed by the next one.
+    """
+    remove_abandoned_extractions(work_root())
+    directory = work_root() / EXTRACTED / uuid.uuid4().hex
+    with use(directory):
+        (directory / "files").mkdir()
+        try:
+            yield directory / "files"
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def extractions(root: Path) -> list[Path]:
+    """Directories in which archives are, or were, unpacked."""
+    return sorted(path for path in root.glob(f"{EXTRACTED}/*") if path.is_dir())
+
+
+def remove_abandoned_extractions(root: Path) -> None:
+    """Remove what was unpacked by processes that are gone."""
+    for directory in extractions(root):
+        try:
+            with open(directory / USE_LOCK, "rb") as handle:
+                if try_lock(handle):
+                    shutil.rmtree(directory, ignore_errors=True)
+        except FileNotFoundError:  # just made, or of an earlier version
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - directory.stat().st_mtime > _DAY:
+                    shutil.rmtree(directory, ignore_errors=True)
+        except OSError:  # another user's
+            continue
 
 
 def mark_used(path: Path) -> None:
@@ -100,10 +162,19 @@ def recipe_directories(root: Path) -> list[Path]:
     return sorted(path for path in root.glob(f"*/{_HASH}") if path.is_dir())
 
 
+def directory_bytes(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    found = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            found += path.lstat().st_size if path.is_file() else 0
+    return found
+
+
 def units(directory: Path) -> list[Unit]:
     """What a directory of rows or checkpoints holds."""
     blocks = [(path,) for path in sorted(directory.glob(_BLOCKS))]
-    checkpoints = tuple(sorted(directory.glob(_CHECKPOINTS)))
+    checkpoints = tuple(sorted(path for pattern in _CHECKPOINTS for path in directory.glob(pattern)))
     found = []
     for paths in [*blocks, checkpoints] if checkpoints else blocks:
         with contextlib.suppress(FileNotFoundError):  # removed by its owner meanwhile
@@ -129,14 +200,14 @@ def trim(root: Path, num_bytes: int = 0, used_since: float = math.inf) -> int:
         The bytes that rows and checkpoints now hold.
     """
     bound = max_work_bytes()
-    (root / "locks").mkdir(parents=True, exist_ok=True)
+    remove_abandoned_extractions(root)
     with contextlib.ExitStack() as locks:
-        turn = locks.enter_context(open(root / "locks" / "trim", "ab"))
+        turn = locks.enter_context(open_lock(root / "locks" / "trim"))
         fcntl.flock(turn, fcntl.LOCK_EX)
         unused = _Unused(locks)
         directories = recipe_directories(root)
         kept = sorted(
-            (unit for directory in directories for unit in units(directory)),
+            (_dated(unit) for directory in directories for unit in units(directory)),
             key=lambda unit: (unit.last_used, unit.paths),
         )
         held = sum(unit.num_bytes for unit in kept)
@@ -181,6 +252,12 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
+def _dated(unit: Unit) -> Unit:
+    """A unit as it counts: a time that is still to come tells nothing, so it goes first."""
+    is_past = unit.last_used <= time.time_ns() + _MINUTE
+    return unit if is_past else dataclasses.replace(unit, last_used=0)
+
+
 class _Unused:
     """Directories that no process uses, locked until the end of ``locks``."""
 
@@ -197,12 +274,10 @@ class _Unused:
     def _lock(self, directory: Path) -> bool:
         path = directory / USE_LOCK
         try:
-            handle = self._locks.enter_context(open(path, "ab"))  # noqa: SIM115
-            # A lock of this process is another open file, so it counts as anybody's.
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle = self._locks.enter_context(open_lock(path))
+            return try_lock(handle) and lies_at(handle, path)
         except OSError:
             return False
-        return lies_at(handle, path)
 
 
 def _drop(oldest_first: list[Unit], num_bytes: int, unused: _Unused) -> int:
@@ -211,8 +286,11 @@ def _drop(oldest_first: list[Unit], num_bytes: int, unused: _Unused) -> int:
         if dropped >= num_bytes:
             break
         if unused.take(unit.directory):
-            for path in unit.paths:
-                path.unlink(missing_ok=True)
+            try:
+                for path in unit.paths:
+                    path.unlink(missing_ok=True)
+            except PermissionError:  # another user's
+                continue
             dropped, count = dropped + unit.num_bytes, count + 1
     if count:
         logger.info("work directory: %d blocks or runs dropped, %s", count, format_bytes(dropped))
@@ -220,11 +298,17 @@ def _drop(oldest_first: list[Unit], num_bytes: int, unused: _Unused) -> int:
 
 
 def _is_empty(directory: Path) -> bool:
-    return not any(True for pattern in (_BLOCKS, _CHECKPOINTS) for _ in directory.glob(pattern))
+    return not any(True for pattern in (_BLOCKS, *_CHECKPOINTS) for _ in directory.glob(pattern))
 
 
 def _remove(directory: Path) -> None:
-    for path in [directory / RECIPE, *directory.glob("*.partial"), directory / USE_LOCK]:
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # someone began to use it, or keeps files of their own there
+    # Another user's, or someone began to use it, or keeps files of their own there.
+    with contextlib.suppress(OSError):
+        for path in [
+            directory / RECIPE,
+            *directory.glob("*.partial"),
+            directory / OWNER,
+            directory / USE_LOCK,
+        ]:
+            path.unlink(missing_ok=True)
         directory.rmdir()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.core.files import read_json, write_json
+from stages.lib.core.sums import check_sums
 from stages.lib.frame.errors import StageError
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
@@ -84,6 +85,23 @@ def write_pipeline_index(base: Path, scheduler: list[str]) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     write_json(base / "model_index.json", index)
+
+
+def check_component(base: Path, name: str) -> None:
+    """Verify every file of a component, and that it is the one that fetch_base put there.
+
+    Raises:
+        StageError: naming what is missing, new or damaged.
+    """
+    check_sums(component_directory(base, name), "fetch_base")
+
+
+def check_base(base: Path) -> None:
+    """As `check_component`, of the whole base."""
+    check_sums(base, "fetch_base")
+    for name in (*COMPONENTS, CLIP):
+        if name != CLIP or (base / CLIP).is_dir():  # whether it has to be there, the base's own hashes say
+            check_component(base, name)
 
 
 def component_directory(base: Path, name: str) -> Path:

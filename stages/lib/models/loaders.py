@@ -19,7 +19,12 @@ def load_tokenizer(base: Path) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
     directory = component_directory(base, "tokenizer")
-    return CLIPTokenizer.from_pretrained(directory, local_files_only=True)
+    try:
+        return CLIPTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises no type of its own
+        raise StageError(
+            f"{directory}: cannot be loaded as CLIPTokenizer: {error}; run `dvc repro -f -s fetch_base`"
+        ) from error
 
 
 def load_text_encoder(base: Path) -> CLIPTextModel:
@@ -52,7 +57,9 @@ def _load_model(model_class: Any, directory: Path, **dtype: Any) -> Any:
         model, loading = model_class.from_pretrained(
             directory, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the libraries raise what they like for a damaged config or file
         raise StageError(f"{directory}: cannot be loaded as {model_class.__name__}: {error}") from error
     # The libraries only warn, and leave these weights random.
     if missing := sorted(loading["missing_keys"]):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 from fsspec import AbstractFileSystem
 
-from stages.lib.core.tensors import read_header
+from stages.lib.core.tensors import checked_metadata, read_header
 
 
 class LockedFile(NamedTuple):
@@ -55,8 +55,19 @@ def read_lock(files: AbstractFileSystem, path: str, content: bytes) -> Lineage:
     return Lineage(tuple(order.values()), "")
 
 
-def read_weights_lineage(files: AbstractFileSystem, directory: str) -> dict[str, str]:
-    """Metadata of the safetensors file in ``directory``."""
+def read_weights_lineage(
+    files: AbstractFileSystem, directory: str, is_earlier: bool = False
+) -> dict[str, str]:
+    """Metadata of the safetensors file in ``directory``.
+
+    Args:
+        files: rooted at the repository.
+        directory: of the weights.
+        is_earlier: of a version of the project that may have left no hash of the header.
+
+    Raises:
+        ValueError: if the header is not as it was written.
+    """
     if not files.exists(directory):
         return {}
     weights = sorted(path for path in files.ls(directory, detail=False) if path.endswith(".safetensors"))
@@ -64,9 +75,11 @@ def read_weights_lineage(files: AbstractFileSystem, directory: str) -> dict[str,
         return {}
     try:
         with files.open(weights[0], "rb") as file:
-            return dict(sorted(read_header(file).metadata.items()))
+            header = read_header(file)
     except FileNotFoundError:  # the weights of a revision may have been dropped from the cache
         return {}
+    has_hash = "header_sha256" in header.metadata or not is_earlier
+    return dict(sorted((checked_metadata(header) if has_hash else header.metadata).items()))
 
 
 def _visit(name: str, locked: dict[str, Any], order: dict[str, LockedStage]) -> None:

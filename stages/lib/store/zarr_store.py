@@ -14,7 +14,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,12 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
+from stages.lib.core.sums import differences, hash_files, remedy, some
 from stages.lib.frame.errors import StageError
 from stages.lib.store.shards import chunk_file, chunk_files, chunks_and_shards, num_files, rows_per_file
 
 # A chunk of zeros must be a file too, or a lost one could not be told from it.
 zarr.config.set({"array.write_empty_chunks": True})
-
-
-NUM_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -135,13 +132,13 @@ def open_store(path: Path, stage: str) -> zarr.Group:
         attributes = document["attributes"]
         recorded = attributes.get("fingerprint")
     except (ValueError, KeyError, AttributeError) as error:
-        raise StageError(f"{path}/zarr.json: damaged ({error!r}); {_remedy(stage)}") from error
+        raise StageError(f"{path}/zarr.json: damaged ({error!r}); {remedy(stage)}") from error
     if recorded is None:
-        raise StageError(f"{path}: not complete, its stage was stopped; {_remedy(stage)}")
+        raise StageError(f"{path}: not complete, its stage was stopped; {remedy(stage)}")
     if recorded != _fingerprint(document):
-        raise StageError(f"{path}/zarr.json: changed since it was written; {_remedy(stage)}")
-    if problems := _differences(attributes["files"], _file_hashes(path)):
-        raise StageError(f"{path}: damaged, {'; '.join(problems)}; {_remedy(stage)}")
+        raise StageError(f"{path}/zarr.json: changed since it was written; {remedy(stage)}")
+    if problems := differences(attributes["files"], _file_hashes(path)):
+        raise StageError(f"{path}: damaged, {'; '.join(problems)}; {remedy(stage)}")
     return zarr.open_group(path, mode="r")
 
 
@@ -164,8 +161,8 @@ def verify_store(path: Path, stage: str) -> zarr.Group:
             raise StageError(f"{path}/{name}: {array.shape[0]} rows, other arrays beside it have {rows}")
         for index, block in enumerate(iter_array(path, group, name, stage)):
             if bad := _non_finite_rows(block):
-                rows_shown = _some([str(index * rows_per_file(array) + row) for row in bad])
-                raise StageError(f"{path}/{name}: non-finite values in rows {rows_shown}; {_remedy(stage)}")
+                rows_shown = some([str(index * rows_per_file(array) + row) for row in bad])
+                raise StageError(f"{path}/{name}: non-finite values in rows {rows_shown}; {remedy(stage)}")
     return group
 
 
@@ -174,7 +171,7 @@ def read_array(path: Path, group: zarr.Group, name: str, stage: str) -> np.ndarr
     try:
         return np.asarray(_array(group, name)[:])
     except (ValueError, OSError, KeyError) as error:
-        raise StageError(f"{path}/{name}: damaged or missing ({error}); {_remedy(stage)}") from error
+        raise StageError(f"{path}/{name}: damaged or missing ({error}); {remedy(stage)}") from error
 
 
 def iter_array(path: Path, group: zarr.Group, name: str, stage: str) -> Iterator[np.ndarray]:
@@ -190,7 +187,7 @@ def iter_array(path: Path, group: zarr.Group, name: str, stage: str) -> Iterator
             yield np.asarray(array[start : start + size])
         except (ValueError, OSError) as error:
             file = chunk_file(name, start // size, array.ndim)
-            raise StageError(f"{path}/{file.as_posix()}: damaged ({error}); {_remedy(stage)}") from error
+            raise StageError(f"{path}/{file.as_posix()}: damaged ({error}); {remedy(stage)}") from error
 
 
 def store_bytes(path: Path) -> int:
@@ -243,18 +240,10 @@ def _flush(group: zarr.Group, start: int, pending: list[Mapping[str, np.ndarray]
     return stop
 
 
-def _hash(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def _file_hashes(path: Path) -> dict[str, str]:
     """Path in the store -> SHA-256 of every file but the root's zarr.json, which records them."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / "zarr.json")
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        hashes = list(pool.map(_hash, files))
-    names = (file.relative_to(path).as_posix() for file in files)
-    return dict(zip(names, hashes, strict=True))
+    return {file.relative_to(path).as_posix(): digest for file, digest in hash_files(files).items()}
 
 
 def _fingerprint(document: Mapping[str, Any]) -> str:
@@ -262,23 +251,3 @@ def _fingerprint(document: Mapping[str, Any]) -> str:
     attributes = {name: value for name, value in document["attributes"].items() if name != "fingerprint"}
     content = json.dumps({**document, "attributes": attributes}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _differences(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    kinds = {
-        "missing": sorted(recorded.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - recorded.keys()),
-        "changed": sorted(name for name in recorded.keys() & found.keys() if recorded[name] != found[name]),
-    }
-    return [f"{kind} {_some(names)}" for kind, names in kinds.items() if names]
-
-
-def _some(names: list[str]) -> str:
-    """The first few of ``names``, and how many more there are."""
-    more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
-    return ", ".join(names[:NUM_SHOWN]) + more
-
-
-def _remedy(stage: str) -> str:
-    # DVC takes a file whose time and size are unchanged for unchanged; -s leaves earlier stages alone.
-    return f"run `dvc repro -f -s {stage}`"

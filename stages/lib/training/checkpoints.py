@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from stages.lib.core.files import open_atomically, remove_partials
+from stages.lib.core.files import remove_partials
+from stages.lib.core.trees import read_tree, write_tree
 from stages.lib.frame.errors import StageError
-from stages.lib.frame.work_directory import mark_used, trim, use
+from stages.lib.frame.locks import holder, open_lock, sign, try_lock
+from stages.lib.frame.work_directory import OWNER, format_bytes, mark_used, trim, use
 from stages.lib.training.ema import MovingAverage
 from stages.lib.training.processes import gathered, spread_like
 
@@ -92,7 +99,10 @@ class TrainingState:
             return Resumed()
         load_weights(self.parameters, saved["weights"])
         saved["optimizer"]["state"] = {
-            index: {name: spread_like(value, self.parameters[index]) for name, value in moments.items()}
+            index: {
+                name: spread_like(value, self.parameters[index]) if isinstance(value, torch.Tensor) else value
+                for name, value in moments.items()
+            }
             for index, moments in saved["optimizer"]["state"].items()
         }
         for name, part in self.parts.items():
@@ -108,7 +118,7 @@ def load_weights(parameters: list[torch.nn.Parameter], saved: list[torch.Tensor]
 
 
 class Checkpoints:
-    """The checkpoints of one run, ``<root>/train/<identity>/step-<n>.pt``.
+    """The checkpoints of one run, ``<root>/train/<identity>/step-<n>.safetensors``.
 
     A changed weight, caption, computation or parameter that matters is another identity, so a checkpoint is
     never continued under values it was not made with. The directory is in use, and so never trimmed,
@@ -124,23 +134,52 @@ class Checkpoints:
         self._root, self._enabled = root, enabled
         self.directory = root / "train" / identity[:20]
         self._use = use(self.directory)
+        self._owner: IO[bytes] | None = None
         self._refused: set[Path] = set()
         remove_partials(self.directory)
 
+    def own(self, agree: Callable[[bool], bool] = bool) -> None:
+        """Wait until no other run trains this, and keep others from it while this object lives.
+
+        The same training may be asked for twice at once, with another export or evaluation. Whoever comes
+        second finds what the first has made, and has nothing to train.
+
+        Args:
+            agree: gives every process the first one's answer; all ask again and again, as no collective
+                operation waits for hours.
+        """
+        handle = open_lock(self.directory / OWNER) if self._enabled else None
+        has_waited = False
+        while not agree(handle is not None and try_lock(handle)):
+            if handle is not None and not has_waited:
+                logger.warning(
+                    "waiting for its end: this very training is being run by %s",
+                    holder(self.directory / OWNER),
+                )
+            has_waited = True
+            time.sleep(1.0)
+        if handle is not None:
+            sign(handle)
+        self._owner = handle
+
     def paths(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
-        return sorted(self.directory.glob("step-*.pt"))
+        """Checkpoints that are there, oldest first."""
+        return sorted(self.directory.glob("step-*.safetensors"))
 
     def save(self, global_step: int, state: dict[str, Any]) -> None:
         """Write atomically and durably; older ones but for the last two, and refused ones, are removed."""
         if not self._enabled:
             return
-        path = self.directory / f"step-{global_step:08d}.pt"
-        with open_atomically(path) as handle:
-            torch.save({"global_step": global_step, **state}, handle)
+        path = self.directory / f"step-{global_step:08d}.safetensors"
+        self._write(path, {"global_step": global_step, **state})
         mark_used(path)
         kept = [each for each in self.paths() if each not in self._refused]
-        for old in [*self._refused - {path}, *kept[:-KEPT], *self._outdated_best(state.get("best_step"))]:
+        for old in [
+            *self._refused - {path},
+            *kept[:-KEPT],
+            *self._outdated_bests(kept[-KEPT:], state.get("best_step")),
+            *self.directory.glob("*.damaged"),
+        ]:
             old.unlink(missing_ok=True)  # the same run elsewhere may have done it
         trim(self._root)
 
@@ -154,52 +193,71 @@ class Checkpoints:
         if not self._enabled:
             return
         path = self._best(global_step)
-        with open_atomically(path) as handle:
-            torch.save({"weights": weights}, handle)
+        self._write(path, {"weights": weights})
         mark_used(path)
 
     def load_best(self, global_step: int | None) -> list[torch.Tensor]:
         """The weights of `save_best`.
 
         Raises:
-            StageError: if they cannot be read.
+            StageError: if they cannot be read, or are damaged.
         """
         assert global_step is not None  # where nothing is held out, the best is refused at the start
         path = self._best(global_step)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)["weights"]
-        except Exception as error:  # torch raises a dozen types for a damaged archive
+            return read_tree(path)["weights"]
+        except (OSError, ValueError, KeyError) as error:
             raise StageError(
-                f"{path}: cannot be read ({error}); remove {self.directory} and run `dvc repro train` "
-                "to train anew"
+                f"{path}: expected the best weights of this run, got: {error}; run `dvc repro train`, which "
+                "goes on before they were made"
             ) from error
+
+    def check_room(self, state_bytes: int, best_bytes: int, num_checkpoints: int, has_best: bool) -> None:
+        """Raise StageError if the disk cannot take what the rest of the run writes here.
+
+        At the peak, while one is written, there are three training states and three sets of best weights.
+
+        Args:
+            state_bytes: of a training state.
+            best_bytes: of a set of best weights.
+            num_checkpoints: still to be written.
+            has_best: whether best weights will be.
+        """
+        if not self._enabled:
+            return
+        states = min(num_checkpoints, max(0, KEPT + 1 - len(self.paths())))
+        bests = min(num_checkpoints, max(0, KEPT + 1 - len(self._bests()))) if has_best else 0
+        needed = states * state_bytes + bests * best_bytes
+        free = shutil.disk_usage(self.directory).free
+        logger.info(
+            "train: checkpoints need at most %s more of disk, %s are free",
+            format_bytes(needed),
+            format_bytes(free),
+        )
+        if needed > free:
+            state, best = format_bytes(state_bytes), format_bytes(best_bytes)
+            raise StageError(
+                f"{self.directory}: expected room for {states} training state(s) of {state}, {bests} of "
+                f"best weights of {best}, together {format_bytes(needed)}, got {format_bytes(free)} free; "
+                "free space there, let SD_WORK name a larger disk, or train with fewer weights "
+                "(train.lora_rank) or a smaller state (train.optimizer)"
+            )
 
     def kept(self) -> str:
         """What of the run is safe, as the end of a message."""
         paths = self.paths()
         return f"last good checkpoint: {paths[-1] if paths else 'none yet'}"
 
-    def _best(self, global_step: int) -> Path:
-        return self.directory / f"best-{global_step:08d}.pt"
-
-    def _outdated_best(self, best_step: int | None) -> list[Path]:
-        if best_step is None:
-            return []
-        return [path for path in self.directory.glob("best-*.pt") if path != self._best(best_step)]
-
     def load_latest(self, yardstick: str | None = None) -> dict[str, Any] | None:
         """The newest state that can be used; one that cannot is left out with a warning.
 
         Args:
-            yardstick: by which every held-out loss so far has to be measured, since the run's result
-                depends on it; None where it does not.
+            yardstick: by which every held-out loss so far has to be measured, since the run's result is
+                its best weights; None where it is not.
         """
         for path in reversed(self.paths()):
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch raises a dozen types for a damaged archive
-                logger.warning("%s: cannot be read (%s), an older checkpoint is tried", path, error)
-                self._refused.add(path)
+            state = self._read(path, "an older checkpoint is tried")
+            if state is None:
                 continue
             if yardstick is not None and state["yardstick"] != yardstick:
                 logger.warning(
@@ -210,7 +268,58 @@ class Checkpoints:
                 )
                 self._refused.add(path)
                 continue
+            if yardstick is not None and not self._has_best(state["best_step"]):
+                self._refused.add(path)
+                continue
             mark_used(path)
             logger.info("resuming at step %d from %s", state["global_step"], path)
             return state
         return None
+
+    def _has_best(self, best_step: int | None) -> bool:
+        """Whether the best weights that a checkpoint knows of are whole."""
+        if best_step is None:
+            return True
+        return self._read(self._best(best_step), "the run goes on before they were made") is not None
+
+    def _read(self, path: Path, otherwise: str) -> dict[str, Any] | None:
+        """A whole file's tree; one that is damaged is set aside, with a warning that says what is done."""
+        try:
+            return read_tree(path)
+        except FileNotFoundError:
+            logger.warning("%s: gone; %s", path, otherwise)
+        except (OSError, ValueError) as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            logger.warning("%s: damaged (%s); set aside as %s, %s", path, error, aside.name, otherwise)
+            if self._enabled:
+                with contextlib.suppress(OSError):
+                    path.replace(aside)
+        return None
+
+    def _write(self, path: Path, tree: dict[str, Any]) -> None:
+        """Write a file; where the disk is full, the oldest of several checkpoints makes room for it."""
+        try:
+            write_tree(path, tree)
+        except OSError as error:
+            older = [each for each in self.paths() if each != path]
+            if error.errno != errno.ENOSPC or len(older) < KEPT:
+                raise
+            logger.warning("%s: no space is left; %s makes room for it", path, older[0].name)
+            older[0].unlink(missing_ok=True)
+            write_tree(path, tree)
+
+    def _best(self, global_step: int) -> Path:
+        return self.directory / f"best-{global_step:08d}.safetensors"
+
+    def _bests(self) -> list[Path]:
+        return sorted(self.directory.glob("best-*.safetensors"))
+
+    def _outdated_bests(self, kept: list[Path], best_step: int | None) -> list[Path]:
+        """Best weights that none of the checkpoints ``kept`` knows of; ``best_step`` is the last one's."""
+        if best_step is None:
+            return []
+        needed = {self._best(best_step)}
+        for checkpoint in kept[:-1]:  # what was best then is the last that was best until then
+            until_then = [path for path in self._bests() if path.stem[-8:] <= checkpoint.stem[-8:]]
+            needed |= set(until_then[-1:])
+        return [path for path in self._bests() if path not in needed]

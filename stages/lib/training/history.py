@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stages.lib.core.files import fresh_directory
-from stages.lib.core.tensors import write_safetensors
+from stages.lib.core.tensors import write_checked
 from stages.lib.data.pairs import SampleCaptions
 from stages.lib.diffusion.previews import preview_captions, sample_previews
 from stages.lib.encoding.conditioning import Conditioning
@@ -132,4 +132,4 @@ class PreviewLatents:
                 "global_step": str(global_step),
             }
             path = self.directory / f"step-{global_step:08d}.safetensors"
-            write_safetensors(path, {"latents": self.latents_of[global_step]}, metadata)
+            write_checked(path, {"latents": self.latents_of[global_step]}, metadata)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from stages.lib.frame.params import Train
 from stages.lib.training.checkpoints import TrainingState
 from stages.lib.training.ema import MovingAverage
-from stages.lib.training.optimizers import build_lr_schedule, build_optimizer
+from stages.lib.training.optimizers import OPTIMIZERS, build_lr_schedule, build_optimizer
 from stages.lib.training.processes import plain_forward
 from stages.lib.training.unet import trained_parameters
 
@@ -56,6 +56,12 @@ class Learner:
         return TrainingState(
             self.trained, self.optimizer, self.lr_scheduler, self.ema, self.accelerator.scaler
         )
+
+    def state_bytes(self, options: Train) -> tuple[int, int]:
+        """About how much disk a training state takes, and the trained weights alone."""
+        weights = sum(4 * parameter.numel() for parameter in self.trained)
+        floats = 1 + OPTIMIZERS[options.optimizer].floats_per_weight + bool(self.ema)
+        return int(floats * weights), weights
 
     def averaged(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
         """The average in the place of the live weights, where there is one and it is wanted."""

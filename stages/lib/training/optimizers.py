@@ -54,14 +54,19 @@ class OptimizerKind:
         packages: beside torch, that it is computed with: their versions move its bits.
         needs_gpu: whether it runs on a GPU alone.
         can_be_sharded: whether its state may lie in parts over processes (FSDP).
-        saves_memory: whether its state is smaller than AdamW's two floats a weight.
+        floats_per_weight: that its state holds; AdamW's are its two moments.
     """
 
     build: Callable[[Parameters, OptimizerOptions], torch.optim.Optimizer]
     packages: tuple[str, ...] = ()
     needs_gpu: bool = False
     can_be_sharded: bool = False
-    saves_memory: bool = False
+    floats_per_weight: float = 2.0
+
+    @property
+    def saves_memory(self) -> bool:
+        """Whether its state is smaller than AdamW's."""
+        return self.floats_per_weight < 2.0
 
 
 def _adamw(parameters: Parameters, options: OptimizerOptions) -> torch.optim.Optimizer:
@@ -107,8 +112,10 @@ def _adafactor(parameters: Parameters, options: OptimizerOptions) -> torch.optim
 
 OPTIMIZERS = {
     "adamw": OptimizerKind(_adamw, can_be_sharded=True),
-    "adamw_8bit": OptimizerKind(_adamw_8bit, packages=("bitsandbytes",), needs_gpu=True, saves_memory=True),
-    "adafactor": OptimizerKind(_adafactor, packages=("transformers",), saves_memory=True),
+    "adamw_8bit": OptimizerKind(
+        _adamw_8bit, packages=("bitsandbytes",), needs_gpu=True, floats_per_weight=0.5
+    ),
+    "adafactor": OptimizerKind(_adafactor, packages=("transformers",), floats_per_weight=0.1),
 }
 
 # Names of params.yaml -> diffusers' names; its plain "constant" leaves the warm-up out.

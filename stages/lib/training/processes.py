@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stages.lib.core.devices import use_same_kernels
+from stages.lib.core.one_checkout import check_one_checkout
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.launch import process_index
 from stages.lib.frame.params import Train
@@ -52,6 +53,7 @@ def start_accelerator(options: Train) -> Accelerator:
             f"params.yaml: train.mixed_precision fp16 needs a GPU, this is {accelerator.device}; "
             'use bf16 or "no"'
         )
+    check_one_checkout()
     check_launch(accelerator, options)
     use_same_kernels(options.allow_tf32)
     return accelerator
@@ -151,9 +153,14 @@ def gathered(value: Any) -> Any:
 
 
 def spread_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of ``whole``, which every process has, as a tensor that lies as ``like`` does."""
-    if not isinstance(like, DTensor) or whole.shape != like.shape:
+    """This process's part of ``whole``, which every process has, as a tensor that lies as ``like`` does.
+
+    In memory too: a fused optimizer takes weights and moments element by element as they lie.
+    """
+    if whole.shape != like.shape:
         return whole
+    if not isinstance(like, DTensor):
+        return torch.empty_like(like, dtype=whole.dtype, device=whole.device).copy_(whole)
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 

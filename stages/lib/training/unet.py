@@ -17,6 +17,7 @@ import torch
 from stages.lib.core.draws import generator
 from stages.lib.core.files import fresh_directory, write_json
 from stages.lib.core.paths import ENCODED_CAPTIONS, LATENTS
+from stages.lib.core.sums import write_sums
 from stages.lib.core.tensors import write_safetensors
 from stages.lib.encoding.conditioning import Conditioning
 from stages.lib.encoding.latents import Latents
@@ -68,6 +69,7 @@ def export_unet(
     write_json(path / "scheduler_config.json", dict(scheduler))
     if has_adapters:
         save_lora(unet, path, lineage)
+    write_sums(path)
 
 
 def save_unet(unet: UNet2DConditionModel, path: Path, lineage: dict[str, str]) -> None:

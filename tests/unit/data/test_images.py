@@ -189,3 +189,16 @@ def test_floating_point_values_are_refused() -> None:
 def test_postscript_is_never_opened() -> None:
     with pytest.raises(UnusableImageError, match="known format"):
         stored_image(encoded(Image.new("RGB", (4, 4)), "EPS"))
+
+
+def test_a_flipped_bit_among_the_pixels_of_a_png_is_found() -> None:
+    """Any of them: libpng refuses such a file too, while Pillow alone decodes it to other pixels."""
+    buffer = io.BytesIO()
+    Image.effect_noise((20, 20), 60).convert("RGB").save(buffer, "PNG")
+    whole = buffer.getvalue()
+    first = whole.index(b"IDAT") + 4
+    for position in range(first, whole.index(b"IEND") - 4):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        with pytest.raises(UnusableImageError, match="broken image"):
+            stored_image(bytes(damaged))

@@ -12,21 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import REPOSITORY
-from stages.lib.data import pairs
-from stages.lib.data.pairs import (
-    SampleCaptions,
+from stages.lib.data import image_shards
+from stages.lib.data.image_shards import (
     StoredImage,
     image_index,
     iter_images,
-    read_captions,
     read_images,
     scan_images,
-    split_of,
-    write_captions,
     write_images,
 )
+from stages.lib.data.pairs import SampleCaptions, images_of_captions, read_captions, split_of, write_captions
 from stages.lib.frame.errors import StageError
+from tests.conftest import REPOSITORY
 
 IDS = [f"{number:04d}/ü.png" for number in range(300)]
 
@@ -42,19 +39,19 @@ def load(members: list[str]) -> Iterator[StoredImage | None]:
 
 def written(directory: Path, sample_ids: list[str], loader: Callable = load) -> Path:
     directory.mkdir()
-    assert write_images(directory, sample_ids, loader) == sorted(sample_ids)
+    assert [entry.sample_id for entry in write_images(directory, sample_ids, loader)] == sorted(sample_ids)
     return directory
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.parquet"))}
 
 
 def test_images_come_back_in_the_order_of_their_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "ROW_GROUP_BYTES", 10_000)
+    monkeypatch.setattr(image_shards, "ROW_GROUP_BYTES", 10_000)
     directory = written(tmp_path / "images", IDS[::-1])
     assert len(contents(directory)) == 8
-    assert all(pq.ParquetFile(path).num_row_groups > 1 for path in directory.iterdir())
+    assert all(pq.ParquetFile(path).num_row_groups > 1 for path in directory.glob("*.parquet"))
     rows = list(iter_images(directory))
     assert [row[0] for row in rows] == IDS
     assert all(image == image_of(sample_id) for sample_id, image in rows)
@@ -65,35 +62,35 @@ def test_images_come_back_in_the_order_of_their_ids(tmp_path: Path, monkeypatch:
 
 
 def test_only_row_groups_with_wanted_images_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "ROW_GROUP_BYTES", 10_000)
+    monkeypatch.setattr(image_shards, "ROW_GROUP_BYTES", 10_000)
     directory = written(tmp_path / "images", IDS)
     reads = []
-    read_group = pairs._read_group
+    read_group = image_shards.read_group
     monkeypatch.setattr(
-        pairs, "_read_group", lambda *arguments: (reads.append(arguments[3]), read_group(*arguments))[1]
+        image_shards, "read_group", lambda *arguments: (reads.append(arguments[3]), read_group(*arguments))[1]
     )
     chosen = {IDS[3], IDS[200]}
     assert list(iter_images(directory, chosen)) == [(name, image_of(name)) for name in sorted(chosen)]
-    assert reads.count(["image"]) <= 2
+    assert reads.count(["image", "image_sha256"]) <= 2
     assert list(iter_images(directory, set())) == []
     assert dict(scan_images(directory, chosen)) == {name: image_of(name) for name in chosen}
-    assert reads.count(["image"]) <= 4
+    assert reads.count(["image", "image_sha256"]) <= 4
 
 
 def test_a_scan_holds_one_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "ROW_GROUP_BYTES", 10_000)
+    monkeypatch.setattr(image_shards, "ROW_GROUP_BYTES", 10_000)
     directory = written(tmp_path / "images", IDS)
     reads = []
-    read_group = pairs._read_group
+    read_group = image_shards.read_group
     monkeypatch.setattr(
-        pairs, "_read_group", lambda *arguments: (reads.append(arguments[3]), read_group(*arguments))[1]
+        image_shards, "read_group", lambda *arguments: (reads.append(arguments[3]), read_group(*arguments))[1]
     )
     next(scan_images(directory))
-    assert reads.count(["image"]) == 1
+    assert reads.count(["image", "image_sha256"]) == 1
 
 
 def test_a_few_images_by_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "ROW_GROUP_BYTES", 10_000)
+    monkeypatch.setattr(image_shards, "ROW_GROUP_BYTES", 10_000)
     directory = written(tmp_path / "images", IDS)
     chosen = [IDS[7], IDS[200], IDS[3]]
     found = read_images(directory, chosen)
@@ -105,10 +102,10 @@ def test_a_few_images_by_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_rows_and_schema(tmp_path: Path) -> None:
     directory = written(tmp_path / "images", ["b.png", "a.png"])
-    (path,) = directory.iterdir()
+    (path,) = directory.glob("*.parquet")
     assert path.name == "images-00000-of-00001.parquet"
     table = pq.read_table(path)
-    assert table.schema.equals(pairs.IMAGE_SCHEMA)
+    assert table.schema.equals(image_shards.IMAGE_SCHEMA)
     first = table.to_pylist()[0]
     assert first["image"] == {"bytes": image_of("a.png"), "path": "a.png"}
     assert (first["width"], first["height"]) == (3, 2)
@@ -118,13 +115,13 @@ def test_rows_and_schema(tmp_path: Path) -> None:
     ("num_samples", "num_shards"), [(0, 1), (1, 1), (64, 1), (65, 2), (1648, 32), (4096, 64), (10**6, 64)]
 )
 def test_number_of_shards(num_samples: int, num_shards: int) -> None:
-    assert pairs._num_shards(num_samples) == num_shards
+    assert image_shards._num_shards(num_samples) == num_shards
 
 
 def test_samples_spread_over_shards() -> None:
     counts = [0] * 8
     for number in range(8000):
-        counts[pairs._shard_of(f"{number}.png", 8)] += 1
+        counts[image_shards._shard_of(f"{number}.png", 8)] += 1
     assert min(counts) > 850
 
 
@@ -154,13 +151,42 @@ def test_left_out_images_leave_no_row(tmp_path: Path) -> None:
         IDS,
         lambda members: (None if name == IDS[0] else StoredImage(b"", 1, 1) for name in members),
     )
-    assert kept == IDS[1:] == [entry.sample_id for entry in image_index(directory)]
+    assert [entry.sample_id for entry in kept] == IDS[1:]
+    assert image_index(directory) == kept
 
 
 def test_captions_come_back_sorted(tmp_path: Path) -> None:
     samples = [SampleCaptions("b", ("two", "one"), "train"), SampleCaptions("a", ("x",), "validation")]
-    write_captions(tmp_path / "captions.parquet", samples)
+    write_captions(tmp_path / "captions.parquet", samples, "a" * 64)
     assert read_captions(tmp_path / "captions.parquet") == samples[::-1]
+    assert images_of_captions(tmp_path / "captions.parquet") == "a" * 64
+
+
+def test_every_flipped_bit_of_the_captions_is_found_or_says_nothing(tmp_path: Path) -> None:
+    """Pages have checksums; the footer, which says how many rows there are, has none of its own."""
+    samples = [SampleCaptions(f"{number:02d}.png", (f"caption {number}",), "train") for number in range(20)]
+    path = tmp_path / "captions.parquet"
+    write_captions(path, samples, "a" * 64)
+    whole = path.read_bytes()
+    found = 0
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        try:
+            assert read_captions(path) == samples
+        except StageError as error:
+            assert "dvc repro" in str(error)
+            found += 1
+    assert found > len(whole) / 2
+
+
+def test_a_shard_of_an_earlier_run_is_told_from_the_one_that_belongs_there(tmp_path: Path) -> None:
+    directory = written(tmp_path / "images", IDS)
+    shard = "images-00002-of-00008.parquet"
+    (directory / shard).write_bytes((written(tmp_path / "earlier", IDS[:-30]) / shard).read_bytes())
+    with pytest.raises(StageError, match=r"a shard is damaged, or of another run; .*-s prepare"):
+        image_index(directory)
 
 
 def test_split_depends_on_seed_and_id_alone() -> None:
@@ -199,7 +225,7 @@ def test_other_folders_are_refused(tmp_path: Path, names: list[str]) -> None:
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     directory = written(tmp_path / "images", ["a.png"])
-    (path,) = directory.iterdir()
+    (path,) = directory.glob("*.parquet")
     content = bytearray(path.read_bytes())
     content[content.index(image_of("a.png")) + 100] ^= 1
     path.write_bytes(content)

@@ -16,11 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import REPOSITORY
 from stages.lib.data.emoji_art import is_flag, short_name
 from stages.lib.data.listing import PairSource
 from stages.lib.data.sources import open_source, read_folder
 from stages.lib.frame.errors import StageError
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SD_WORK", str(tmp_path / "work"))
 
 
 def folder_of(root: Path, files: dict[str, str]) -> Path:
@@ -224,17 +229,19 @@ def pack(folder: Path, archive: Path, top: str) -> Path:
 def test_an_archive_reads_as_its_folder(tmp_path: Path, name: str, top: str) -> None:
     files = {"data.csv": "image_path,caption\nimages/a.png,a bird\n", "images/a.png": "A"}
     archive = pack(folder_of(tmp_path / "set", files), tmp_path / name, top)
-    with open_source(archive, "text", 16, tmp_path / "work" / "extracted") as source:
+    with open_source(archive, "text", 16) as source:
         assert captions(source) == {"images/a.png": ("a bird",)}
         assert source.read("images/a.png") == b"A"
-    assert not (tmp_path / "work" / "extracted").exists()
+    assert not list((tmp_path / "work" / "extracted").iterdir())
 
 
 def test_what_a_killed_run_left_is_not_read(tmp_path: Path) -> None:
     archive = pack(folder_of(tmp_path / "set", {"a.png": "", "a.txt": "x"}), tmp_path / "set.zip", "")
-    folder_of(tmp_path / "extracted", {"old.png": "", "old.txt": "x"})
-    with open_source(archive, "text", 16, tmp_path / "extracted") as source:
+    killed = tmp_path / "work" / "extracted" / ("0" * 32)
+    folder_of(killed, {"files/old.png": "", "files/old.txt": "x", "lock": ""})
+    with open_source(archive, "text", 16) as source:
         assert list(captions(source)) == ["a.png"]
+        assert not killed.exists()
 
 
 def tar_member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> Callable[[Path], Path]:
@@ -280,9 +287,9 @@ def zip_member(name: str, kind: int = stat.S_IFREG) -> Callable[[Path], Path]:
 def test_hostile_archives_are_refused(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
     before = set(tmp_path.rglob("*"))
     archive = make(tmp_path)
-    with pytest.raises(StageError, match=message), open_source(archive, "text", 16, tmp_path / "in" / "x"):
+    with pytest.raises(StageError, match=message), open_source(archive, "text", 16):
         pass
-    shutil.rmtree(tmp_path / "in")
+    shutil.rmtree(tmp_path / "work")
     assert set(tmp_path.rglob("*")) - before == {archive}
 
 
@@ -294,10 +301,10 @@ def test_damaged_archives_fail_and_leave_nothing(tmp_path: Path, name: str) -> N
     archive.write_bytes(archive.read_bytes()[:20_000])
     with (
         pytest.raises(StageError, match="cannot be unpacked"),
-        open_source(archive, "text", 16, tmp_path / "x"),
+        open_source(archive, "text", 16),
     ):
         pass
-    assert not (tmp_path / "x").exists()
+    assert not list((tmp_path / "work" / "extracted").iterdir())
 
 
 @pytest.mark.parametrize("name", ["absent", "set.rar"])
@@ -305,7 +312,7 @@ def test_what_is_no_source_fails(tmp_path: Path, name: str) -> None:
     (tmp_path / "set.rar").write_bytes(b"")
     with (
         pytest.raises(StageError, match=r"expected a folder or a \.tar"),
-        open_source(tmp_path / name, "text", 16, tmp_path / "x"),
+        open_source(tmp_path / name, "text", 16),
     ):
         pass
 

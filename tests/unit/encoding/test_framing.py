@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.lib.data.pairs import ImageEntry
+from stages.lib.data.image_shards import ImageEntry
 from stages.lib.encoding.framing import (
     Framing,
     Size,

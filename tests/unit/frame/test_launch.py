@@ -209,7 +209,7 @@ def test_a_launcher_that_is_not_there_is_one_clear_error(project, monkeypatch, l
 def test_only_the_first_process_takes_the_turn_and_trims(project, monkeypatch):
     trimmed = []
     monkeypatch.setattr(stage_run, "trim", lambda *_, **__: trimmed.append(1) or 0)
-    lock = project / "work" / "locks" / project.name / "train"
+    lock = project / "data" / ".locks" / "train"
     monkeypatch.setenv("RANK", "1")
     run_stage("train", (), lambda params: None)
     assert (lock.exists(), trimmed) == (False, [])

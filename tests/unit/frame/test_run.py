@@ -83,10 +83,14 @@ def test_a_bad_bound_stops_the_stage_before_it_starts(root, monkeypatch):
     assert ran == []
 
 
-def test_an_error_of_the_code_keeps_its_traceback(root):
+def test_an_error_of_the_code_is_one_line_and_keeps_its_traceback(root, monkeypatch):
     def main(params):
         raise ZeroDivisionError
 
+    with pytest.raises(SystemExit, match=r"unexpected ZeroDivisionError: .*report it with .*encode\.txt"):
+        run_stage("encode", (), main)
+    assert "raise ZeroDivisionError" in (root / "errors" / "encode.txt").read_text()
+    monkeypatch.setenv("SD_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         run_stage("encode", (), main)
 
@@ -103,7 +107,8 @@ def test_params_that_moved_while_the_stage_ran_fail_it(root):
     run_stage("train", ("train.seed", "evaluate"), main)
 
 
-def test_a_stage_cannot_read_what_it_does_not_declare(root):
+def test_a_stage_cannot_read_what_it_does_not_declare(root, monkeypatch):
+    monkeypatch.setenv("SD_TRACEBACK", "1")
     run_stage("train", ("train.seed",), lambda params: params.train.seed and None)
     with pytest.raises(UndeclaredParameter, match=r"train\.learning_rate: dvc\.yaml does not list it"):
         run_stage("train", ("train.seed",), lambda params: params.train.learning_rate)

@@ -155,7 +155,7 @@ def test_the_checkpoints_of_a_run_go_together(tmp_path, monkeypatch):
     monkeypatch.setenv("SD_WORK_MAX_BYTES", str(int(3.9 * BLOCK)))
     trim(root)
     assert not newer.exists()
-    assert len(list(older.glob("step-*.pt"))) == 2
+    assert len(list(older.glob("step-*.safetensors"))) == 2
     assert keys_left(root, "one") == ["a"]
 
 

@@ -1,12 +1,11 @@
 """The work store: rows come back as they were put, or not at all."""
 
 import errno
+import fcntl
 import os
-import platform
 import random
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -72,18 +71,27 @@ def test_a_flipped_bit_is_found_before_anything_is_read(tmp_path):
 
 
 def test_a_partial_file_is_never_a_block(tmp_path):
-    """It stays while its process may live: on another host for a day."""
+    """Whoever holds its lock is writing it, on this host or in another container; else nobody is."""
     store = filled(tmp_path)
-    dead, yesterday = 2**22 + 1, time.time() - 25 * 60 * 60
-    stays = [f"{os.getpid()}@{platform.node()}", f"{dead}@another.host"]
-    goes = [f"{dead}@{platform.node()}", f"{os.getpid()}@a.third"]
-    partials = {name: store.directory / f"x.safetensors.{name}.partial" for name in (*stays, *goes)}
-    for partial in partials.values():
-        partial.write_bytes(b"half")
-    for name in (stays[0], goes[1]):
-        os.utime(partials[name], (yesterday, yesterday))
-    assert len(WorkStore(tmp_path, "encode", {"weights": "a"})) == 3
-    assert [name for name, partial in partials.items() if partial.exists()] == stays
+    held, left = (store.directory / f"{'0' * 32}.safetensors.{name}.partial" for name in ("held", "left"))
+    left.write_bytes(b"half")
+    with open(held, "wb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        assert len(WorkStore(tmp_path, "encode", {"weights": "a"})) == 3
+        assert (held.exists(), left.exists()) == (True, False)
+    WorkStore(tmp_path, "encode", {"weights": "a"})
+    assert not held.exists()
+
+
+def test_two_that_write_one_file_at_once_publish_one_whole_file(tmp_path):
+    """Two containers may have one host name and one process id."""
+    with open_atomically(tmp_path / "row") as first, open_atomically(tmp_path / "row") as second:
+        assert len(list(tmp_path.glob("*.partial"))) == 2
+        first.write(b"a" * 10)
+        second.write(b"b" * 20)
+        remove_partials(tmp_path)
+    assert (tmp_path / "row").read_bytes() == b"a" * 10
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_what_a_killed_process_was_writing_is_removed_and_what_is_being_written_stays(tmp_path):

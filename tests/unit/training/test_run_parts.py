@@ -53,7 +53,7 @@ def stores() -> tuple[Latents, Conditioning, list[SampleCaptions]]:
     row_of = {caption: row for row, caption in enumerate(["", *captions])}
     states = torch.randn(len(row_of), 3, 2, generator=random).half()
     return (
-        Latents(buckets, frozenset(), 64, 0.5, 0.1, "", ""),
+        Latents(buckets, frozenset(), 64, 0.5, 0.1, "", "", ""),
         Conditioning(states, row_of, 0, 1, None, "", ""),
         samples,
     )

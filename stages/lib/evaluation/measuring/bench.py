@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages.lib.core.devices import use_same_kernels
-from stages.lib.core.files import fresh_directory
-from stages.lib.core.paths import BASE, BASE_CLIP, PAIR_CAPTIONS
+from stages.lib.core.files import fresh_directory, read_json
+from stages.lib.core.fingerprints import fingerprint
+from stages.lib.core.paths import BASE, BASE_CLIP, LATENTS, PAIR_CAPTIONS, PAIR_IMAGES, RUN_FILE
+from stages.lib.core.sums import SUMS, check_hashes, check_sums, hash_file, remedy
+from stages.lib.data.image_shards import fingerprint_of_images, image_index
 from stages.lib.data.pairs import SampleCaptions, read_captions
 from stages.lib.diffusion.schedule import training_scheduler
 from stages.lib.diffusion.validation import validation_losses
 from stages.lib.encoding.conditioning import Conditioning, check_text_encoder, read_conditioning
-from stages.lib.encoding.latents import Latents, check_vae, read_latents
+from stages.lib.encoding.latents import Latents, check_same_data, check_vae, read_latents
 from stages.lib.evaluation.measuring.clip_features import Clip, load_clip
 from stages.lib.evaluation.measuring.inception_features import Inception, load_inception
 from stages.lib.evaluation.measuring.measure import measure_unet
@@ -27,8 +31,21 @@ from stages.lib.evaluation.measuring.pictures import (
 from stages.lib.evaluation.measuring.rendering import Renderer, load_renderer, sampler_config
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Evaluate, Validation
+from stages.lib.models.layout import check_base
 
 logger = logging.getLogger(__name__)
+# Of `evaluate`: what both UNets are asked to render and measure.
+RENDERED = (
+    "prompts",
+    "negative_prompt",
+    "seeds",
+    "scheduler",
+    "guidance_scale",
+    "num_inference_steps",
+    "batch_size",
+    "denoising_every_steps",
+    "num_metric_samples",
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,7 @@ class Bench:
         latents, conditioning, samples: of the data set.
         clip: None where the base has none; inception: None where FID is not asked for.
         chosen: held-out samples whose captions pictures are made of and measured.
+        made_from: hashes of all of that, and of what is asked for, by name.
     """
 
     latents: Latents
@@ -47,9 +65,10 @@ class Bench:
     clip: Clip | None
     inception: Inception | None
     chosen: list[SampleCaptions]
+    made_from: dict[str, str]
 
 
-def set_up(options: Evaluate) -> Bench:
+def set_up(options: Evaluate, validation: Validation) -> Bench:
     """Open the stores and load what measures.
 
     Raises:
@@ -57,14 +76,28 @@ def set_up(options: Evaluate) -> Bench:
             loaded.
     """
     use_same_kernels()
+    check_base(BASE)
     latents, conditioning = read_latents(resident=False), read_conditioning(resident=False)
+    check_same_data(latents, conditioning, PAIR_CAPTIONS)
+    if fingerprint_of_images(image_index(PAIR_IMAGES)) != latents.images:
+        raise StageError(
+            f"{PAIR_IMAGES}: expected the images that {LATENTS} was made of, got others; "
+            "run `dvc repro encode_images`"
+        )
     check_vae(latents, BASE / "vae")
     check_text_encoder(conditioning, BASE / "text_encoder")
     samples = latents.encoded(read_captions(PAIR_CAPTIONS))
     clip = _clip_of_the_base()
     inception = _inception_for_fid(options, clip)
     chosen = metric_samples(samples, options.num_metric_samples) if clip else []
-    return Bench(latents, conditioning, samples, clip, inception, chosen)
+    made_from = {
+        "base": hash_file(BASE / SUMS),
+        "latents": latents.fingerprint,
+        "captions": conditioning.fingerprint,
+        "pairs": fingerprint([dataclasses.astuple(sample) for sample in samples]),
+        "params": fingerprint([[getattr(options, name) for name in RENDERED], vars(validation)]),
+    }
+    return Bench(latents, conditioning, samples, clip, inception, chosen, made_from)
 
 
 def judge(
@@ -98,7 +131,32 @@ def judge(
     pictures += save_samples(renderer, options, output)
     paths = [made.path for made in pictures]
     measured = measure_unet(losses, scheduler, bench.clip, bench.inception, paths, captions)
-    return measured, pictures, renderer
+    return dataclasses.replace(measured, made_from=bench.made_from), pictures, renderer
+
+
+def check_trained(unet: Path, previews: Path) -> None:
+    """Verify what train has made, and that all of it is of one run; StageError says what is not."""
+    check_sums(unet, "train")
+    check_sums(previews, "train")
+    recorded = read_json(previews / RUN_FILE, remedy("train")).get("unet_sha256")
+    if recorded != hash_file(unet / SUMS):
+        raise StageError(
+            f"{previews}: expected the previews of {unet}, got those of another run; run `dvc repro train`"
+        )
+
+
+def check_baseline(base: Measurements, bench: Bench, directory: Path) -> None:
+    """Raise StageError if the base was judged on another bench, or its pictures are not those it made."""
+    if differing := [name for name, value in bench.made_from.items() if base.made_from.get(name) != value]:
+        raise StageError(
+            f"{directory}: expected the base measured with what is there now, got it measured with other "
+            f"{', '.join(differing)}; run `dvc repro baseline`"
+        )
+    check_hashes(
+        directory,
+        {name: value for name, value in base.files.items() if name.startswith("samples/")},
+        "baseline",
+    )
 
 
 def check_same_inception(base: Measurements, inception: Inception | None) -> None:

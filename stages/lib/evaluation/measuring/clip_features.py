@@ -60,7 +60,9 @@ def load_clip(directory: Path) -> Clip:
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the libraries raise what they like for a damaged file
         raise StageError(f"{directory}: cannot be loaded as a CLIP with safetensors: {error}") from error
     # transformers only warns, and leaves these weights random.
     if missing := sorted(loading["missing_keys"]):

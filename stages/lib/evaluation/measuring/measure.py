@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
-from stages.lib.data.pairs import TRAIN, VALIDATION, SampleCaptions, iter_images
+from stages.lib.data.image_shards import iter_images
+from stages.lib.data.pairs import TRAIN, VALIDATION, SampleCaptions
 from stages.lib.diffusion.held_out import HeldOutLosses
 from stages.lib.evaluation.measuring.clip_features import Clip, image_features, text_features
 from stages.lib.evaluation.measuring.inception_features import Inception, inception_features

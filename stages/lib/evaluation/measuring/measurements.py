@@ -6,14 +6,13 @@ baseline and evaluate write it, report reads it: numbers and intervals are made 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors
 import torch
 
-from stages.lib.core.tensors import write_safetensors
+from stages.lib.core.tensors import read_checked, write_checked
 from stages.lib.diffusion.held_out import HeldOutLosses
 from stages.lib.frame.errors import StageError
 
@@ -48,6 +47,8 @@ class Measurements:
         caption_features: (M, D) of the captions.
         inception_features: (M, 2048) of the pictures of the captions, where FID is asked for.
         inception_fingerprint: of the Inception that saw them.
+        made_from: hashes of what it was measured with and on, by name; equal for UNets that compare.
+        files: path -> hash of the pictures that were made with it, in the directory of the file.
     """
 
     losses: HeldOutLosses
@@ -58,6 +59,8 @@ class Measurements:
     caption_features: torch.Tensor | None
     inception_features: torch.Tensor | None = None
     inception_fingerprint: str = ""
+    made_from: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def compares_with(self, other: Measurements) -> bool:
         """Whether the losses are of the same problems: equal targets on equal noise schedules."""
@@ -91,8 +94,11 @@ def write_measurements(path: Path, measurements: Measurements, reference: Refere
         "num_train_timesteps": str(losses.num_train_timesteps),
         "captions": json.dumps(list(measurements.captions)),
         "inception_fingerprint": measurements.inception_fingerprint,
+        "made_from": json.dumps(measurements.made_from, sort_keys=True),
+        "files": json.dumps(measurements.files, sort_keys=True),
     }
-    write_safetensors(path, present, metadata)
+    as_float32 = {name: tensor.float() for name, tensor in present.items()}
+    write_checked(path, as_float32, metadata)
 
 
 def read_measurements(path: Path, stage: str) -> tuple[Measurements, Reference | None]:
@@ -108,9 +114,7 @@ def read_measurements(path: Path, stage: str) -> tuple[Measurements, Reference |
     if not path.exists():
         raise StageError(f"{path}: not found; run `dvc repro {stage}`")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = read_checked(path)
         losses = HeldOutLosses(
             json.loads(metadata["sample_ids"]),
             json.loads(metadata["timesteps"]),
@@ -126,9 +130,11 @@ def read_measurements(path: Path, stage: str) -> tuple[Measurements, Reference |
             tensors.get("caption_features"),
             tensors.get("inception_features"),
             metadata["inception_fingerprint"],
+            json.loads(metadata["made_from"]),
+            json.loads(metadata["files"]),
         )
         return measurements, _reference(tensors)
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise StageError(
             f"{path}: expected the measurements that this version's {stage} writes, got {error!r}; "
             f"run `dvc repro -f -s {stage}`"
@@ -136,7 +142,16 @@ def read_measurements(path: Path, stage: str) -> tuple[Measurements, Reference |
 
 
 def check_same_problems(base: Measurements, tuned: Measurements) -> None:
-    """Raise StageError if two UNets were not measured on the same samples and captions."""
+    """Raise StageError if two UNets were not measured with and on the same."""
+    if differing := sorted(
+        name
+        for name in base.made_from.keys() | tuned.made_from.keys()
+        if base.made_from.get(name) != tuned.made_from.get(name)
+    ):
+        raise StageError(
+            f"measurements: base and fine-tuned UNet were measured with different {', '.join(differing)}; "
+            "run `dvc repro baseline evaluate`"
+        )
     for what, one, other in (
         ("held-out samples", base.losses.sample_ids, tuned.losses.sample_ids),
         ("timesteps", base.losses.timesteps, tuned.losses.timesteps),

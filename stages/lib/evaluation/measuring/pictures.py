@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
 import torch
 from PIL import Image
 
 from stages.lib.core.draws import generator
 from stages.lib.core.files import fresh_directory
-from stages.lib.data.pairs import TRAIN, VALIDATION, SampleCaptions, read_images
+from stages.lib.core.sums import hashes_below
+from stages.lib.core.tensors import read_checked
+from stages.lib.data.image_shards import read_images
+from stages.lib.data.pairs import TRAIN, VALIDATION, SampleCaptions
 from stages.lib.drawing.grids import GridRow, draw_grid, draw_message, stack
 from stages.lib.encoding.latents import Latents
 from stages.lib.evaluation.measuring.measurements import Reference
@@ -92,6 +94,11 @@ def sample_path(output: Path, setting: Setting, index: int, seed: int) -> Path:
     return output / "samples" / setting.name / f"prompt{index:02d}_seed{seed}.png"
 
 
+def hashes_of_pictures(output: Path) -> dict[str, str]:
+    """Path in ``output`` -> hash of every picture there, for those that read them."""
+    return {name: digest for name, digest in hashes_below(output).items() if name.endswith(".png")}
+
+
 def training_examples(options: Evaluate, samples: Sequence[SampleCaptions]) -> dict[str, str]:
     """Prompt -> sample_id of a training image that has it as a caption, where there is one."""
     sample_of: dict[str, str] = {}
@@ -151,8 +158,8 @@ def learning(renderer: Renderer, previews: Path) -> Image.Image:
         return draw_message("No previews: train.preview_every_steps is null")
     columns: dict[str, list[Image.Image]] = {}
     for file in files:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            metadata, latents = opened.metadata(), opened.get_tensor("latents")  # (P, 4, h, w)
+        tensors, metadata = read_checked(file)
+        latents = tensors["latents"]  # (P, 4, h, w)
         columns[f"step {metadata['global_step']}"] = decode(renderer, list(latents))
     captions = json.loads(metadata["captions"])
     rows = [

@@ -1,0 +1,131 @@
+"""What dvc.yaml says that a stage reads and writes: inputs that may not change meanwhile, outputs to replace.
+
+DVC hashes a stage's dependencies when it *ends*: what was edited while the stage ran would be recorded as
+what its outputs were made from. So the stage looks at its inputs before and after, and fails if one moved.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from stages.lib.frame.errors import StageError
+
+PIPELINE = Path("dvc.yaml")
+CODE = "stages"
+NUM_SHOWN = 3
+
+
+class Seen(NamedTuple):
+    """A file as it was seen: another size, time or inode is another file."""
+
+    size: int
+    modified: int
+    inode: int
+
+
+def inputs_of(stage: str, params: object) -> list[Path]:
+    """The data that dvc.yaml lists as the stage's dependencies; code is looked at by itself."""
+    paths = [Path(_filled(str(path), params)) for path in _entries(stage, "deps")]
+    return [path for path in paths if path.parts and path.parts[0] != CODE]
+
+
+def outputs_of(stage: str) -> list[Path]:
+    """What dvc.yaml lists as the stage's outputs and metrics."""
+    return [Path(str(path)) for kind in ("outs", "metrics") for path in _entries(stage, kind)]
+
+
+def look_at(paths: list[Path]) -> dict[str, Seen]:
+    """Every file of ``paths`` and below them, by its path."""
+    return {file: seen for path in paths for file in _files(path) if (seen := _seen(file)) is not None}
+
+
+def check_unmoved(before: Mapping[str, Seen], paths: list[Path], stage: str) -> None:
+    """Raise StageError if a file of ``paths`` has come, gone or changed since `look_at` gave ``before``."""
+    now = look_at(paths)
+    if now == before:
+        return
+    kinds = {
+        "changed": [file for file in before.keys() & now.keys() if before[file] != now[file]],
+        "new": now.keys() - before.keys(),
+        "gone": before.keys() - now.keys(),
+    }
+    shown = [f"{kind} {_some(sorted(files))}" for kind, files in kinds.items() if files]
+    raise StageError(
+        f"the stage's inputs changed while it ran ({'; '.join(shown)}), so its outputs would be recorded as "
+        f"made from what they were not made from; run `dvc repro {stage}` again"
+    )
+
+
+def break_links(paths: list[Path]) -> None:
+    """Remove outputs that DVC has linked to its cache: writing to one would write to the cache.
+
+    `dvc repro` removes all outputs before it starts a stage; this is for a stage that is run by hand.
+    """
+    for path in paths:
+        if not os.path.lexists(path):
+            continue
+        files = [path] if path.is_symlink() or path.is_file() else [Path(file) for file in _files(path)]
+        if any(file.is_symlink() or file.lstat().st_nlink > 1 for file in files):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _entries(stage: str, kind: str) -> list[Any]:
+    """The paths in a list of a stage; none where there is no dvc.yaml, as in another directory."""
+    try:
+        document = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))
+        found = document["stages"][stage].get(kind) or []
+    except FileNotFoundError:
+        return []
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise StageError(
+            f"{PIPELINE}: expected an entry for stage {stage}, got {error!r}; take the file of the repository"
+        ) from error
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in found]
+
+
+def _filled(path: str, params: object) -> str:
+    """A path with the parameters that it names, ``${section.key}``, as DVC fills it."""
+
+    def value(match: re.Match[str]) -> str:
+        section, key = match[1].strip().split(".")
+        return str(getattr(getattr(params, section), key))
+
+    return re.sub(r"\$\{([^}]+)\}", value, path)
+
+
+def _files(path: Path) -> Iterator[str]:
+    if path.is_dir():
+        for directory, _, files in os.walk(path):
+            yield from (os.path.join(directory, name) for name in files)
+    else:
+        yield str(path)
+
+
+def _seen(file: str) -> Seen | None:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    return Seen(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
+    return ", ".join(names[:NUM_SHOWN]) + more
