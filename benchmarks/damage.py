@@ -1,13 +1,13 @@
 """What damaged files lead to: every kind of file, every kind of damage, through DVC and by hand.
 
-    python benchmarks/damage.py [--only WORD] [--work DIRECTORY]
+    python benchmarks/damage.py [--only WORD] [--work DIRECTORY] [--processes 2]
 
-A small project is made twice, the second time with another picture, caption, base and learning rate. In a copy of
-the second one file is damaged, keeping its time and size where the damage allows, so that DVC does not see it.
-Then the stage that reads it runs: by hand, `python -m stages.X`, and through DVC, `dvc repro -f -s X`, followed by
-the command that the error names and a plain `dvc repro`. Each cell ends as one of
+A small project is made twice, the second time with another picture, caption, base and learning rate. In a
+copy of the second one file is damaged, keeping its time where it stays, so that DVC does not see it. Then the
+stage that reads it runs: by hand, `python -m stages.X`, and through DVC, `dvc repro -f -s X`, followed by the
+command that the error names and by a plain `dvc repro`. Each cell ends as one of
 
-    error      one clear error that names the file or its directory and a command; after that command the bytes are right
+    error      one clear error that names the file or its directory, and a command that brings the bytes back
     rebuilt    no error; made again, or from what was kept, to the bytes of the undisturbed run
     equal      no error, and the bytes of the undisturbed run: nothing that is read had changed
     TRACEBACK, SILENT (other bytes without an error), UNCLEAR (an error that names neither file nor command)
@@ -25,7 +25,9 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import small_project as small
 
 RESULT = small.ROOT / "benchmarks" / "results" / "damage.json"
+WAYS = ("by hand", "through dvc")
 BAD = ("TRACEBACK", "SILENT", "UNCLEAR")
 
 
@@ -108,22 +111,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="of the kinds those whose name holds this")
     parser.add_argument("--work", type=Path, help="an empty directory to work in")
+    parser.add_argument("--processes", type=int, default=2, help="cells at a time")
     arguments = parser.parse_args()
     work = arguments.work or Path(tempfile.mkdtemp())
     good, earlier = prepare(work)
     expected = small.outputs(good)
-    cells: dict[str, dict[str, dict[str, str]]] = {}
-    for kind in KINDS:
-        if arguments.only not in kind.name:
-            continue
-        cells[kind.name] = {}
-        for damage in DAMAGES:
-            found = {
-                way: cell(way, work, good, earlier, expected, kind, damage)
-                for way in ("by hand", "through dvc")
-            }
-            cells[kind.name][damage] = found
-            print(f"{kind.name}, {damage}: {found}", flush=True)
+    places = [(kind, damage, way) for kind in KINDS for damage in DAMAGES for way in WAYS]
+    places = [place for place in places if arguments.only in place[0].name]
+
+    def run(place: tuple[Kind, str, str]) -> str:
+        outcome = cell(*place, work, good, earlier, expected)
+        print(f"{place[0].name}, {place[1]}, {place[2]}: {outcome}", flush=True)
+        return outcome
+
+    with ThreadPoolExecutor(arguments.processes) as pool:
+        outcomes = list(pool.map(run, places))
+    cells: dict[str, dict[str, dict[str, str]]] = collections.defaultdict(
+        lambda: collections.defaultdict(dict)
+    )
+    for (kind, damage, way), outcome in zip(places, outcomes, strict=True):
+        cells[kind.name][damage][way] = outcome
     counts = collections.Counter(
         outcome.split(":")[0]
         for row in cells.values()
@@ -171,16 +178,16 @@ def prepare(work: Path) -> tuple[Path, dict[str, bytes]]:
 
 
 def cell(
+    kind: Kind,
+    damage: str,
     way: str,
     work: Path,
     good: Path,
     earlier: dict[str, bytes],
     expected: dict[str, bytes],
-    kind: Kind,
-    damage: str,
 ) -> str:
     """How one damage of one file ends."""
-    root = work / "cell"
+    root = work / f"cell-{threading.get_ident()}"
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(good, root, symlinks=True, copy_function=shutil.copy2)
     if way == "through dvc":
@@ -190,8 +197,7 @@ def cell(
     new = DAMAGES[damage](path.read_bytes(), earlier.get(name))
     if new == path.read_bytes():
         new = flip(new, 0) if new else b"x"
-    if damage_file(path, new) and kind.reader == "train" and name.startswith(("data/", ".work/")):
-        pass
+    damage_file(path, new)
     if way == "by hand":
         done = small.run_stage(root, kind.reader)
         return judged(done, name, expected, root)
@@ -207,17 +213,16 @@ def cell(
     return outcome
 
 
-def damage_file(path: Path, content: bytes | None) -> bool:
-    """Change a file in place, keeping its time; True if it is still there."""
+def damage_file(path: Path, content: bytes | None) -> None:
+    """Change a file in place, keeping its time, or remove it."""
     if content is None:
         path.unlink()
-        return False
+        return
     before = path.stat()
     with open(path, "r+b") as file:
         file.write(content)
         file.truncate()
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    return True
 
 
 def judged(done, name: str, expected: dict[str, bytes], root: Path) -> str:
@@ -228,7 +233,7 @@ def judged(done, name: str, expected: dict[str, bytes], root: Path) -> str:
     if done.returncode == 0:
         made = small.outputs(root)
         differing = [each for each in expected if made.get(each) != expected[each] and each != name]
-        differing += [each for each in made.keys() - expected.keys()]
+        differing += sorted(made.keys() - expected.keys())
         if differing:
             return f"SILENT: {differing[:4]}"
         warned = re.findall(r"damaged|gone|\b[1-9]\d* \w+ encoded|resuming at step", text)

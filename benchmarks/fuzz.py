@@ -2,8 +2,8 @@
 
     python benchmarks/fuzz.py [--seconds 30] [--only WORD] [--seed 0]
 
-Each reader gets a whole file with up to eight changes: bits flipped, bytes set, parts cut out, doubled, zeroed or
-swapped, the end cut off. It may give back what the whole file holds, or raise the one error that it documents.
+Each reader gets a whole file with up to eight changes: bits flipped, bytes set, parts cut out, doubled or
+zeroed, the end cut off. It may give back what the whole file holds, or raise the one error that it documents.
 A reader of what this project has written may give nothing else (``silent``); one of a user's own files, which
 carry no hash, may give anything. Whatever else is raised counts as ``uncaught``.
 
@@ -232,8 +232,9 @@ def of_a_stage(root: Path) -> list[Reader]:
     finish_store(store, group)
     chunk = next(path for path in (store / "mean" / "c").rglob("*") if path.is_file())
     tree = root / "step-00000001.safetensors"
-    write_tree(tree, {"weights": [torch.arange(6.0)], "optimizer": {"state": {0: {"step": torch.tensor(1.0)}},
-               "groups": [{"betas": (0.9, 0.99), "lr": 1e-4, "none": None}]}, "points": [(1, {"loss": 0.5})]})  # fmt: skip
+    groups = [{"betas": (0.9, 0.99), "lr": 1e-4, "none": None}]
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "groups": groups}
+    write_tree(tree, {"weights": [torch.arange(6.0)], "optimizer": optimizer, "points": [(1, {"loss": 0.5})]})
     tensors = root / "measurements.safetensors"
     write_checked(tensors, {"a": torch.arange(7), "b": torch.ones(2, 3).half()}, {"captions": '["x"]'})
     block = make_block(root)
@@ -288,9 +289,12 @@ def of_the_gallery(root: Path) -> list[Reader]:
     def page() -> str:
         return render_page([read_run(files, "this run")])
 
-    places = ("evaluation/report.json", "training/plots/metrics/lr.tsv", "training/plots/SHA256SUMS", "training/plots/run.json",
-              "pairs/rejected.jsonl", "pairs/rejected.jsonl.sha256", "encode_images_report/left_out.jsonl",
-              "evaluation/sweep.png", "unet/diffusion_pytorch_model.safetensors", "unet/SHA256SUMS")  # fmt: skip
+    places = (
+        "evaluation/report.json", "training/plots/metrics/lr.tsv", "training/plots/SHA256SUMS",
+        "training/plots/run.json", "pairs/rejected.jsonl", "pairs/rejected.jsonl.sha256",
+        "encode_images_report/left_out.jsonl", "evaluation/sweep.png",
+        "unet/diffusion_pytorch_model.safetensors", "unet/SHA256SUMS",
+    )  # fmt: skip
     found = [
         Reader(f"gallery, {place}", root / "data" / place, page, (StageError,), True) for place in places
     ]

@@ -3,15 +3,15 @@
     python benchmarks/kills.py [--kills 11] [--only STAGE]
 
 A small project is made once. Then each stage is started again and again on an empty work directory, and a
-signal is sent at evenly spaced moments of its run:
+signal is sent at some moment of its run:
 
     SIGKILL, SIGTERM, SIGHUP to the stage; SIGINT to its whole process group, as Ctrl-C does
     SIGSTOP and SIGCONT a second later, after which it has to finish by itself
-    each of these to one encoder process, and to one of two processes started by a launcher
+    each of these to one encoder process, and to one of two processes of a launcher
     SIGKILL to the launcher, and to dvc alone
 
-After each, what is left of the stage is waited for, then it runs undisturbed. Writes benchmarks/results/kills.json.
-Exit status 1 if bytes differ, a process is left, or a traceback was printed.
+After each, what is left of the stage is waited for, then it runs undisturbed. Writes
+benchmarks/results/kills.json. Exit status 1 if bytes differ, a process is left, or a traceback was printed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Trial:
         command = [sys.executable, "-m", small.MODULE_OF[stage]]
         if changes.pop("DVC", ""):
             command = [sys.executable, "-m", "dvc", "repro", "-f", "-s", stage]
-        self.errors = tempfile.TemporaryFile("w+", errors="replace")
+        self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             command, cwd=root, env=small.environment(**changes), start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=self.errors, stderr=self.errors,

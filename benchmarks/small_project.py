@@ -1,4 +1,4 @@
-"""A small project for the scripts that break things: the real stages on a tiny base and twelve drawn pictures."""
+"""A small project for the scripts that break things: real stages, a tiny base, a few drawn pictures."""
 
 from __future__ import annotations
 
@@ -92,7 +92,10 @@ def draw(root: Path, seeds: tuple[int, ...]) -> None:
 def write_params(root: Path, **sections: dict[str, object]) -> None:
     """params.yaml of the repository with small values, and ``sections`` over them."""
     document = yaml.safe_load((ROOT / "params.yaml").read_text())
-    own = {"fetch_base": {"directory": "base"}, "prepare": {"max_rejected_fraction": 0.5}}
+    own = {
+        "fetch_base": {"directory": "base", "vae_directory": "base/vae", "clip_directory": "base/clip"},
+        "prepare": {"max_rejected_fraction": 0.5},
+    }
     for section in document:
         for changes in (SMALL.get(section, {}), own.get(section, {}), sections.get(section, {})):
             document[section] |= changes

@@ -40,6 +40,7 @@ from tests.conftest import (
     draw_image,
     reseal,
     run_encoders,
+    run_train,
     write_params,
 )
 
@@ -481,3 +482,43 @@ def test_tokens_are_padded_by_the_tokenizer_and_truncation_is_reported(project):
     )
     assert truncated == {"caption": long, "kept_tokens": 77, "num_tokens": 102}
     assert read_json("data/tokenize_metrics.json")["num_truncated_captions"] == 1
+
+
+def test_stores_of_other_pairs_are_refused(encoded, tmp_path):
+    """Whole files of an earlier run, which a stage run by hand would take for those of this one."""
+    earlier = {name: tmp_path / f"earlier-{name}" for name in ("latents.zarr", "captions.zarr")}
+    for name, copy in earlier.items():
+        shutil.copytree(Path("data") / name, copy)
+    draw_image(99).save("images/03.png")
+    Path("images/05.txt").write_text("another caption")
+    run_encoders(read_params())
+    for name, message in (
+        ("latents.zarr", r"expected those of the images that data/pairs/captions\.parquet was written with"),
+        ("captions.zarr", r"expected the captions of data/pairs/captions\.parquet, got 1 others"),
+    ):
+        current = Path("data") / name
+        current.rename(tmp_path / "current")
+        shutil.copytree(earlier[name], current)
+        with pytest.raises(StageError, match=message):
+            run_train()
+        shutil.rmtree(current)
+        (tmp_path / "current").rename(current)
+    run_train(max_train_steps=1, lr_warmup_steps=0)
+
+
+def test_rows_of_another_recipe_are_encoded_anew(encoded, written):
+    """A block of another VAE has rows of the same keys."""
+    (block,) = Path(".work/encode_images").rglob("*.safetensors")
+    whole, store = block.read_bytes(), content_fingerprint(Path("data/latents.zarr"))
+    weights = Path("data/base/vae/diffusion_pytorch_model.safetensors")
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    reseal()
+    encode_images.main(read_params())
+    weights.write_bytes(original)
+    reseal()
+    (other,) = set(Path(".work/encode_images").rglob("*.safetensors")) - {block}
+    block.write_bytes(other.read_bytes())
+    encode_images.main(read_params())
+    assert content_fingerprint(Path("data/latents.zarr")) == store
+    assert block.read_bytes() == whole

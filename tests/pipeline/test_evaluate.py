@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from stages import baseline, evaluate, fetch_base, report
 from stages.lib.core.draws import generator
+from stages.lib.core.sums import write_sums
 from stages.lib.core.tensors import write_checked
 from stages.lib.data.pairs import SampleCaptions, read_captions
 from stages.lib.drawing.grids import GridRow, draw_grid
@@ -38,6 +39,7 @@ from stages.lib.evaluation.measuring.pictures import (
     sweep,
 )
 from stages.lib.evaluation.measuring.rendering import Rendered, load_renderer, settings
+from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import read_params
 from tests.checkpoints import edit_json, sd15_like, sd21_like
 from tests.clips import bundled_clip
@@ -276,7 +278,7 @@ def test_the_denoising_strip_ends_in_the_pictures(evaluated, folder):
 
 
 def test_learning_shows_the_previews_of_training_decoded(evaluated):
-    files = sorted(Path("data/training/previews").iterdir())
+    files = sorted(Path("data/training/previews").glob("step-*"))
     vae = AutoencoderKL.from_pretrained("data/base/vae")
     cells = cells_of("data/evaluation/learning.png", 2, len(files))
     assert len(files) > 1
@@ -580,3 +582,28 @@ def test_stable_diffusion_checkpoints_run_through(project, build, prediction_typ
     ).images[0]
     ours = Image.open("data/evaluation/samples/base_guidance3_steps2/prompt00_seed3.png")
     assert np.abs(np.asarray(picture, int) - np.asarray(ours, int)).max() <= 1
+
+
+def test_what_train_or_baseline_left_of_another_run_is_refused(evaluated, tmp_path):
+    preview = next(Path("data/training/previews").glob("step-*"))
+    whole = preview.read_bytes()
+    preview.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StageError, match=r"data/training/previews: damaged, changed step-"):
+        evaluate.main(read_params())
+    preview.write_bytes(whole)
+    sample = next(Path("data/baseline/samples").rglob("*.png"))
+    picture = sample.read_bytes()
+    sample.write_bytes(picture[:-20])
+    with pytest.raises(StageError, match=r"data/baseline: damaged, changed samples/.*-s baseline"):
+        evaluate.main(read_params())
+    sample.write_bytes(picture)
+    shutil.copytree("data/unet", tmp_path / "other")
+    edit_json(Path("data/unet/scheduler_config.json"), clip_sample=True)
+    write_sums(Path("data/unet"))
+    with pytest.raises(StageError, match=r"expected the previews of data/unet, got those of another run"):
+        evaluate.main(read_params())
+    shutil.rmtree("data/unet")
+    (tmp_path / "other").rename("data/unet")
+    params = write_params(evaluate=TWO_SETTINGS | {"negative_prompt": "blur"})
+    with pytest.raises(StageError, match=r"got it measured with other params; run `dvc repro baseline`"):
+        evaluate.main(params)

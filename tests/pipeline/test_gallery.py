@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +17,8 @@ from fsspec.implementations.dirfs import DirFileSystem
 from PIL import Image
 
 from stages import gallery
-from stages.lib.core.sums import write_sealed_json
+from stages.lib.core.files import write_json_lines
+from stages.lib.core.sums import write_sealed_json, write_sums
 from stages.lib.core.tensors import write_safetensors
 from stages.lib.frame.errors import StageError
 from stages.lib.page.charts import (
@@ -321,6 +323,74 @@ def test_a_missing_output_names_the_stage_to_run(run, path, stage):
 def test_a_report_of_another_version_is_refused(run):
     write_sealed_json(Path("data/evaluation/report.json"), {"prompts": ["red heart"]})
     with pytest.raises(StageError, match=r"report\.json: .*KeyError.*run `dvc repro -f -s report`"):
+        gallery.main(None)
+
+
+def test_names_of_any_bytes_reach_the_page(run):
+    """What ends a line for `str.splitlines`, steers a terminal, or was no UTF-8 in a file name."""
+    names = ["a\u0085b.png", "c\u2028d.png", "e\u2029f.png", "g\x1b[31mh.png", os.fsdecode(b"i\xff.png")]
+    rows = [{"name": name, "reason": "broken"} for name in names]
+    write_json_lines(Path("data/pairs/rejected.jsonl"), rows)
+    assert Path("data/pairs/rejected.jsonl").read_bytes().isascii()
+    assert [json.loads(line) for line in Path("data/pairs/rejected.jsonl").read_text().splitlines()] == rows
+    seal_run(Path())
+    text = written().text
+    shown = ["a\\x85b.png", "c\\u2028d.png", "e\\u2029f.png", "g\\x1b[31mh.png", "i\\udcff.png"]
+    assert all(name in text for name in shown)
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("data/training/plots/metrics/lr.tsv", b"step\tlr\n1\tnone\n"),
+        ("data/training/plots/metrics/lr.tsv", b"\xff\xfe"),
+        ("data/pairs/rejected.jsonl", b"{"),
+        ("data/encode_images_report/left_out.jsonl", b'{"name": 1}\n'),
+        ("data/unet/diffusion_pytorch_model.safetensors", b"short"),
+    ],
+)
+def test_an_input_with_the_right_hash_and_the_wrong_content_is_one_error(run, path, content):
+    Path(path).write_bytes(content)
+    seal_run(Path())
+    place = path if "unet" not in path else "data/unet"
+    with pytest.raises(StageError, match=rf"{place}: expected .* got .*run `dvc repro -f -s"):
+        gallery.main(None)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "data/evaluation/report.json",
+        "data/baseline/samples/base_guidance5_steps25/prompt00_seed0.png",
+        "data/evaluation/sweep.png",
+        "data/training/plots/metrics/lr.tsv",
+        "data/training/plots/SHA256SUMS",
+        "data/training/plots/run.json",
+        "data/pairs/rejected.jsonl",
+        "data/pairs/rejected.jsonl.sha256",
+        "data/encode_images_report/left_out.jsonl",
+        "data/unet/SHA256SUMS",
+    ],
+)
+def test_what_is_not_as_its_stage_wrote_it_is_named(run, path):
+    whole = Path(path).read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 2
+    for content in (bytes(damaged), whole[: len(whole) // 2], b""):
+        Path(path).write_bytes(content)
+        with pytest.raises(StageError, match=r"data/.*run `dvc repro"):
+            gallery.main(None)
+    Path(path).unlink()
+    with pytest.raises(StageError, match=r"data/.*run `dvc repro"):
+        gallery.main(None)
+
+
+def test_weights_and_curves_of_another_run_are_told_from_those_that_were_evaluated(run):
+    (Path("data/unet") / "notes.json").write_text("{}")
+    write_sums(Path("data/unet"))
+    with pytest.raises(
+        StageError, match=r"data/unet/SHA256SUMS: expected the weights that .*report\.json was"
+    ):
         gallery.main(None)
 
 

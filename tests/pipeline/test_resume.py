@@ -307,9 +307,9 @@ def test_the_best_is_told_by_losses_measured_alike_or_the_run_begins_anew(encode
 
 def test_previews_made_otherwise_are_left_out_and_the_last_is_made_anew(encoded, monkeypatch):
     run_train()
-    assert len(list(Path("data/training/previews").iterdir())) == 3
+    assert len(list(Path("data/training/previews").glob("step-*"))) == 3
     monkeypatch.setattr(loop, "train_step", None)
     run_train(preview_guidance_scale=5.0)
-    assert [path.stem for path in Path("data/training/previews").iterdir()] == ["step-00000006"]
+    assert [path.stem for path in Path("data/training/previews").glob("step-*")] == ["step-00000006"]
     run_train(preview_every_steps=None)
-    assert not list(Path("data/training/previews").iterdir())
+    assert not list(Path("data/training/previews").glob("step-*"))

@@ -200,14 +200,20 @@ def test_a_changed_value_starts_anew(encoded, change):
     assert len(list(Path(".work/train").iterdir())) == 2
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(encoded):
+@pytest.mark.parametrize("damage", ["bit in a tensor", "bit in the header", "cut short", "emptied"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(encoded, caplog, damage):
     run_train()
     first = outputs()
     (directory,) = Path(".work/train").iterdir()
     newest = sorted(directory.glob("step-*.safetensors"))[-1]
-    newest.write_bytes(newest.read_bytes()[:1000])
+    content = bytearray(newest.read_bytes())
+    if damage.startswith("bit"):
+        content[200 if "header" in damage else len(content) // 2] ^= 1
+    newest.write_bytes(content[: {"cut short": 1000, "emptied": 0}.get(damage)])
     run_train()
     assert outputs() == first
+    assert f"{newest}: damaged" in caplog.text and f"set aside as {newest.name}.damaged" in caplog.text
+    assert "resuming at step 4 from" in caplog.text
 
 
 def test_checkpoints_keep_the_last_two(tmp_path):

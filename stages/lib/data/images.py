@@ -91,7 +91,7 @@ def png(image: Image.Image) -> StoredImage:
 
 
 def _check_pixels_of_png(data: bytes) -> None:
-    """Raise UnusableImageError if a chunk of pixels is not as it was written: Pillow passes over their CRCs."""
+    """Raise UnusableImageError if a chunk of pixels is damaged: Pillow passes over their CRCs."""
     position = _PNG_SIGNATURE_BYTES
     while position + 12 <= len(data):
         end = position + 8 + int.from_bytes(data[position : position + 4])

@@ -32,7 +32,7 @@ from accelerate import PartialState
 
 from stages.lib.core.one_checkout import check_one_checkout
 from stages.lib.encoding.batches import Encoder, InProcess, compute_with_one_thread, is_finite
-from stages.lib.frame.ends import interrupts_held_back
+from stages.lib.frame.ends import starting_workers
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.progress import progress_bar
 from stages.lib.frame.start_up import keep_freed_memory
@@ -265,10 +265,12 @@ def _map_in_workers(
     context = multiprocessing.get_context("spawn")
     encodes = function is _encode_in_worker
     running: collections.deque[tuple[list[Item], Future[Any]]] = collections.deque()
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (encoder, encodes)) as pool:
+    with starting_workers():
+        workers = ProcessPoolExecutor(num_workers, context, _start_worker, (encoder, encodes))
+    with workers as pool:
         try:
             for batch in batches:
-                with interrupts_held_back():  # the first one starts the workers
+                with starting_workers():  # the first one starts the workers
                     running.append((batch, pool.submit(function, [item.value for item in batch])))
                 if len(running) >= ahead:
                     done, future = running.popleft()

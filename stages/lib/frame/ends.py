@@ -7,7 +7,6 @@ killed one does. A process that goes on alone would hold locks and write where a
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import select
 import signal
@@ -15,23 +14,21 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SHELLS = ("ash", "bash", "dash", "fish", "ksh", "sh", "zsh")
 _INTERRUPTED = 130
+_TIDIES_QUIETLY = "ignore:resource_tracker"
 
 
 def end_quietly() -> None:
-    """What the package does first when it is run, so that an interrupt while libraries load shows nothing."""
-    is_worker = multiprocessing.parent_process() is not None
-    if is_worker:
+    """What the package does first in a process of its own, a stage's or a worker's."""
+    if "--multiprocessing-fork" in sys.orig_argv:  # `multiprocessing` itself knows its parent only later
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent ends, and this with it
-    elif sys.argv[0] == "-m":  # as it is while `python -m stages.X` imports its package
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    else:
-        return
-    if is_worker or started_by_another():
+        end_with_parent()
+    elif sys.argv[0] == "-m" and started_by_another():
         end_with_parent()
 
 
@@ -74,8 +71,14 @@ def interruptible(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Within the block no interrupt reaches this thread, nor ever a process that is started in it."""
+def starting_workers() -> Iterator[None]:
+    """Within the block no interrupt reaches this thread, nor ever a process that is started in it.
+
+    The process that Python starts beside them to tidy up after a killed one does so without a word.
+    """
+    if _TIDIES_QUIETLY not in sys.warnoptions:
+        sys.warnoptions.append(_TIDIES_QUIETLY)
+    resource_tracker.ensure_running()  # lets interrupts through again, so it comes first
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

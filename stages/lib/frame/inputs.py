@@ -33,8 +33,9 @@ class Seen(NamedTuple):
 
 def inputs_of(stage: str, params: object) -> list[Path]:
     """The data that dvc.yaml lists as the stage's dependencies; code is looked at by itself."""
-    paths = [Path(_filled(str(path), params)) for path in _entries(stage, "deps")]
-    return [path for path in paths if path.parts and path.parts[0] != CODE]
+    filled = [_filled(str(path), params) for path in _entries(stage, "deps")]
+    paths = [Path(path) for path in filled if path is not None]
+    return [path for path in paths if path.parts[0] != CODE]
 
 
 def outputs_of(stage: str) -> list[Path]:
@@ -98,14 +99,14 @@ def _entries(stage: str, kind: str) -> list[Any]:
     return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in found]
 
 
-def _filled(path: str, params: object) -> str:
-    """A path with the parameters that it names, ``${section.key}``, as DVC fills it."""
-
-    def value(match: re.Match[str]) -> str:
-        section, key = match[1].strip().split(".")
-        return str(getattr(getattr(params, section), key))
-
-    return re.sub(r"\$\{([^}]+)\}", value, path)
+def _filled(path: str, params: object) -> str | None:
+    """A path with the parameter that it may name, ``${section.key}``; None where that names no path."""
+    found = re.search(r"\$\{([^}]+)\}", path)
+    if found is None:
+        return path
+    section, key = found[1].strip().split(".")
+    value = getattr(getattr(params, section), key)
+    return path.replace(found[0], str(value)) if value else None
 
 
 def _files(path: Path) -> Iterator[str]:

@@ -101,7 +101,8 @@ def _document(path: Path) -> dict[str, Any]:
         raise StageError(f"{path}: not found; run from the root of the repository") from error
     except UnicodeDecodeError as error:
         raise StageError(f"{path}: expected UTF-8, got {error}; save it as UTF-8") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # A value such as 2026-99-99 looks like a date, and raises what Python's own does.
         raise StageError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(document, dict):
         raise StageError(f"{path}: expected sections, got {type(document).__name__}")

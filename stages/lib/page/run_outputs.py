@@ -23,7 +23,7 @@ from fsspec import AbstractFileSystem
 from stages.lib.core import paths
 from stages.lib.core.sums import SUMS, parse_sums, remedy, sum_of, unsealed
 from stages.lib.frame.errors import StageError, printable
-from stages.lib.page.lineage import read_lock, read_weights_lineage
+from stages.lib.page.lineage import Lineage, read_lock, read_weights_lineage
 from stages.lib.page.run import Cell, Copied, Curve, Estimate, Figure, Metric, Picture, Reason, Run, Values
 
 REPORT, CURVES = paths.EVALUATION_REPORT.as_posix(), paths.CURVES.as_posix()
@@ -94,7 +94,7 @@ def read_run(files: AbstractFileSystem, name: str, revision: str = "") -> Run:
         curves=_curves(outputs),
         rejected=_reasons(outputs, paths.REJECTED_PAIRS, "name"),
         left_out=_reasons(outputs, paths.ENCODING_REPORT / "left_out.jsonl", "sample_id"),
-        lineage=read_lock(files, REPORT, content),
+        lineage=_lineage(files, content),
         unet=_weights_lineage(outputs),
     )
 
@@ -129,6 +129,10 @@ class Outputs:
     def exists(self, path: str) -> bool:
         """Whether there is such a file, or should be one."""
         return path in self._hash_of or bool(self.files.exists(path))
+
+    def recorded(self, directory: str) -> list[str]:
+        """The files of a directory that have hashes, whether they are there or not."""
+        return [path for path in self._hash_of if path.startswith(f"{directory}/")]
 
     def unsealed(self, values: dict[str, Any], path: str, stage: str) -> dict[str, Any]:
         """The values of a sealed JSON object."""
@@ -220,10 +224,11 @@ def _figures(outputs: Outputs, settings: dict[str, str]) -> tuple[Figure, ...]:
 
 def _curves(outputs: Outputs) -> tuple[Curve, ...]:
     try:
-        found = sorted(path for path in outputs.files.ls(CURVES, detail=False) if path.endswith(".tsv"))
+        present = outputs.files.ls(CURVES, detail=False)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingOutput(CURVES) from error
-    return tuple(_curve(path, outputs.read(path)) for path in found)
+    found = {path for path in (*present, *outputs.recorded(CURVES)) if path.endswith(".tsv")}
+    return tuple(_curve(path, outputs.read(path)) for path in sorted(found))
 
 
 def _curve(path: str, content: bytes) -> Curve:
@@ -245,6 +250,11 @@ def _reasons(outputs: Outputs, path: Path, name: str) -> tuple[Reason, ...]:
         return tuple(
             Reason(printable(str(entry[name])), printable(str(entry["reason"]))) for entry in entries
         )
+
+
+def _lineage(files: AbstractFileSystem, report: bytes) -> Lineage:
+    with _expected("dvc.lock", "the stages that DVC ran", "report"):
+        return read_lock(files, REPORT, report)
 
 
 def _weights_lineage(outputs: Outputs) -> dict[str, str]:

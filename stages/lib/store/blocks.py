@@ -13,6 +13,7 @@ import numpy as np
 from stages.lib.core.tensors import read_header
 
 Row = dict[str, np.ndarray]
+RECIPE_ENTRY = "recipe"  # in the place of a key, which is a hash
 _DTYPES = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
     "U64": "<u8", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "C64": "<c8",
@@ -22,11 +23,14 @@ _DTYPES = {
 class Block:
     """An open block file: its keys, and its rows read one at a time.
 
+    It lies in the directory of its recipe, whose name it holds: a block of another is none of this one.
+
     Raises:
         ValueError: if the file, or a row, is not as it was put.
     """
 
     def __init__(self, path: Path) -> None:
+        self._recipe = path.parent.name
         self._file: IO[bytes] = open(path, "rb", buffering=0)  # noqa: SIM115
         try:
             self._read_header()
@@ -37,6 +41,8 @@ class Block:
     def _read_header(self) -> None:
         header = read_header(self._file, os.fstat(self._file.fileno()).st_size)
         entries = [entry.rsplit(":", 1) for entry in header.metadata["rows"].split()]
+        if entries and entries[0][0] == RECIPE_ENTRY and entries.pop(0)[1] != self._recipe:
+            raise ValueError("rows of another recipe")
         self._checksums = [checksum for _, checksum in entries]
         self._index_of = {key: index for index, (key, _) in enumerate(entries)}
         self._columns: dict[str, tuple[np.dtype, tuple[int, ...], int, int]] = {}
@@ -79,6 +85,12 @@ class Block:
         if os.preadv(self._file.fileno(), [content], start) != num_bytes:
             raise ValueError("truncated")
         return content
+
+
+def describe_rows(recipe: str, keys: Sequence[str], rows: Sequence[Row]) -> str:
+    """What a block says of itself: the name of its recipe, and each key with the checksum of its row."""
+    checksums = (f"{key}:{checksum(key, row)}" for key, row in zip(keys, rows, strict=True))
+    return " ".join([f"{RECIPE_ENTRY}:{recipe}", *checksums])
 
 
 def check_alike(keys: Sequence[str], rows: Sequence[Row]) -> None:

@@ -21,7 +21,7 @@ from stages.lib.core.files import remove_partials, write_atomically
 from stages.lib.core.fingerprints import fingerprint
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.work_directory import RECIPE, Room, mark_used, use
-from stages.lib.store.blocks import Block, Row, check_alike, checksum
+from stages.lib.store.blocks import Block, Row, check_alike, describe_rows
 
 logger = logging.getLogger(__name__)
 NUM_OPEN_BLOCKS = 32
@@ -79,9 +79,8 @@ class WorkStore:
         """
         check_alike(keys, rows)
         columns = {name: np.ascontiguousarray(np.stack([row[name] for row in rows])) for name in rows[0]}
-        checksums = (f"{key}:{checksum(key, row)}" for key, row in zip(keys, rows, strict=True))
         # One entry: the library writes several in the order of a hash map, another in each process.
-        content = safetensors.numpy.save(columns, {"rows": " ".join(checksums)})
+        content = safetensors.numpy.save(columns, {"rows": describe_rows(self.directory.name, keys, rows)})
         path = self.directory / f"{fingerprint(sorted(keys))[:32]}.safetensors"
         self._room.make(len(content))
         write_atomically(path, content)

@@ -24,6 +24,7 @@ from stages.lib.training.processes import gathered, spread_like
 
 logger = logging.getLogger(__name__)
 KEPT = 2
+RUN = "run"  # the name of its directory, in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Checkpoints:
         if not self._enabled:
             return
         path = self.directory / f"step-{global_step:08d}.safetensors"
-        self._write(path, {"global_step": global_step, **state})
+        self._write(path, {"global_step": global_step, **state, RUN: self.directory.name})
         mark_used(path)
         kept = [each for each in self.paths() if each not in self._refused]
         for old in [
@@ -193,7 +194,7 @@ class Checkpoints:
         if not self._enabled:
             return
         path = self._best(global_step)
-        self._write(path, {"weights": weights})
+        self._write(path, {"weights": weights, RUN: self.directory.name})
         mark_used(path)
 
     def load_best(self, global_step: int | None) -> list[torch.Tensor]:
@@ -205,7 +206,7 @@ class Checkpoints:
         assert global_step is not None  # where nothing is held out, the best is refused at the start
         path = self._best(global_step)
         try:
-            return read_tree(path)["weights"]
+            return self._tree(path)["weights"]
         except (OSError, ValueError, KeyError) as error:
             raise StageError(
                 f"{path}: expected the best weights of this run, got: {error}; run `dvc repro train`, which "
@@ -237,8 +238,8 @@ class Checkpoints:
         if needed > free:
             state, best = format_bytes(state_bytes), format_bytes(best_bytes)
             raise StageError(
-                f"{self.directory}: expected room for {states} training state(s) of {state}, {bests} of "
-                f"best weights of {best}, together {format_bytes(needed)}, got {format_bytes(free)} free; "
+                f"{self.directory}: expected room for {states} training state(s) of {state}, {bests} set(s) "
+                f"of best weights of {best}, together {format_bytes(needed)}, got {format_bytes(free)} free; "
                 "free space there, let SD_WORK name a larger disk, or train with fewer weights "
                 "(train.lora_rank) or a smaller state (train.optimizer)"
             )
@@ -285,7 +286,7 @@ class Checkpoints:
     def _read(self, path: Path, otherwise: str) -> dict[str, Any] | None:
         """A whole file's tree; one that is damaged is set aside, with a warning that says what is done."""
         try:
-            return read_tree(path)
+            return self._tree(path)
         except FileNotFoundError:
             logger.warning("%s: gone; %s", path, otherwise)
         except (OSError, ValueError) as error:
@@ -295,6 +296,12 @@ class Checkpoints:
                 with contextlib.suppress(OSError):
                     path.replace(aside)
         return None
+
+    def _tree(self, path: Path) -> dict[str, Any]:
+        tree = read_tree(path)
+        if tree.pop(RUN, None) != self.directory.name:
+            raise ValueError("of another run")
+        return tree
 
     def _write(self, path: Path, tree: dict[str, Any]) -> None:
         """Write a file; where the disk is full, the oldest of several checkpoints makes room for it."""

@@ -369,3 +369,68 @@ def test_qualified_and_unqualified_names_are_one_emoji(
 def test_openmoji_descriptor_is_checked(tmp_path: Path, descriptor: object, message: str) -> None:
     with pytest.raises(StageError, match=message):
         read(folder_of(tmp_path, {"openmoji.json": json.dumps(descriptor)}))
+
+
+def test_a_text_that_is_a_link_to_a_file_elsewhere_becomes_no_caption(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("a secret")
+    folder = folder_of(tmp_path / "set", {"a.png": "", "b.png": "", "b.txt": "a bird", "c.png": ""})
+    (folder / "a.txt").symlink_to(secret)
+    (folder / "c.txt").symlink_to("b.txt")
+    source = read_folder(folder, "text", 16)
+    assert captions(source) == {"b.png": ("a bird",), "c.png": ("a bird",)}
+    assert [(row.name, row.reason) for row in source.rejected] == [
+        ("a.png", "caption file a.txt is a link to a file outside of the folder")
+    ]
+    (folder / "metadata.csv").symlink_to(secret)
+    with pytest.raises(StageError, match=r"metadata\.csv: is a link to a file outside of the folder"):
+        read_folder(folder, "text", 16)
+
+
+def test_a_column_that_is_not_used_may_hold_what_python_has_not(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "set", {"a.png": ""})
+    when = pa.array([2**62], pa.timestamp("us"))
+    pq.write_table(
+        pa.table({"file_name": ["a.png"], "text": ["x"], "when": when}), folder / "metadata.parquet"
+    )
+    assert captions(read_folder(folder, "text", 16)) == {"a.png": ("x",)}
+    pq.write_table(pa.table({"file_name": ["a.png"], "text": when}), folder / "metadata.parquet")
+    with pytest.raises(StageError, match=r"metadata\.parquet: cannot be read"):
+        read_folder(folder, "text", 16)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_member_of_a_zip_of_any_method_is_one_error(tmp_path: Path, method: int) -> None:
+    archive, content, refused = tmp_path / "set.zip", bytes(range(256)) * 20, 0
+    with zipfile.ZipFile(archive, "w", method) as bundle:
+        bundle.writestr("a.png", content)
+        bundle.writestr("a.txt", b"x")
+    whole = archive.read_bytes()
+    for position in range(36, min(120, len(whole) - 80), 3):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0xFF
+        archive.write_bytes(damaged)
+        try:
+            with open_source(archive, "text", 16) as source:
+                assert source.read("a.png") == content  # a byte that nothing depends on
+        except StageError as error:
+            assert "set.zip" in str(error)
+            refused += 1
+    assert refused > 10
+
+
+@pytest.mark.parametrize(
+    "headers", [{"size": "many"}, {"mtime": "x"}, {"GNU.sparse.map": "1,x"}, {"path": "a\0b"}, {"uid": "-"}]
+)
+def test_odd_pax_headers_are_one_error_or_nothing(tmp_path: Path, headers: dict[str, str]) -> None:
+    archive = tmp_path / "set.tar"
+    with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as bundle:
+        for name in ("a.png", "a.txt"):
+            member = tarfile.TarInfo(name)
+            member.size, member.pax_headers = 1, headers
+            bundle.addfile(member, io.BytesIO(b"x"))
+    try:
+        with open_source(archive, "text", 16) as source:
+            assert captions(source).keys() <= {"a.png"}
+    except StageError as error:
+        assert "set.tar" in str(error)

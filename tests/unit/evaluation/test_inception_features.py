@@ -31,7 +31,15 @@ from stages.lib.evaluation.measuring.measurements import read_measurements, writ
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import read_params
 from tests.clips import bundled_clip, value_of
-from tests.conftest import REPOSITORY, changed, content_fingerprint, draw_image, run_encoders, write_params
+from tests.conftest import (
+    REPOSITORY,
+    changed,
+    content_fingerprint,
+    draw_image,
+    reseal,
+    run_encoders,
+    write_params,
+)
 from tests.unit.evaluation.test_report import measured
 
 pytestmark = pytest.mark.skipif(
@@ -120,6 +128,7 @@ def test_an_evaluation_has_fid_and_stops_at_other_weights_before_it_deletes(enco
     unet = UNet2DConditionModel.from_pretrained("data/base/unet")
     unet.conv_out.weight.data *= 1.5
     unet.save_pretrained("data/unet")
+    reseal()
     baseline.main(params)
     evaluate.main(params)
     report.main(params)
@@ -208,3 +217,14 @@ def test_pictures_are_converted_to_rgb(inception):
     assert torch.equal(
         inception_features(inception, [grey]), inception_features(inception, [Image.merge("RGB", [grey] * 3)])
     )
+
+
+def test_weights_that_are_not_what_their_name_says_are_refused(tmp_path, weights):
+    content = bytearray(Path(weights).read_bytes())
+    named = tmp_path / f"weights-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    named.write_bytes(content)
+    load_inception(named)
+    content[len(content) // 2] ^= 1
+    named.write_bytes(content)
+    with pytest.raises(StageError, match=r"SHA-256 begins with [0-9a-f]{8}, as its name says, got"):
+        load_inception(named)

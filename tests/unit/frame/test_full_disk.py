@@ -192,3 +192,19 @@ def test_other_errors_are_not_taken_for_a_full_disk():
     error.__context__ = ValueError("no space for doubt")
     error.__context__.__context__ = error  # a circle ends
     assert describe_full_disk(error) is None
+
+
+def test_a_disk_without_inodes_is_told_from_one_without_bytes(tmp_path, stage):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=9m,nr_inodes=4", "none", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        message = stage(lambda: [write_atomically(disk / name, b"x") for name in "abcde"])
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert f"no inode is left on the disk of {disk}/d" in message
+    assert f"(file system {disk}, " in message and "no room for another file" in message

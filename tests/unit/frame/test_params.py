@@ -276,3 +276,26 @@ def test_dvc_changes_one_line_of_the_file_for_one_value(tmp_path, section, key, 
     assert changed == {key} or changed == {key, "- 7.5"}
     assert len(after) - len(before) <= 1
     read_params(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train:\n  seed: 2026-99-99\n",
+        "a: !!int ''\n",
+        "a: !!timestamp x\n",
+        f"a: {'9' * 5000}\n",
+        "a: !!binary é\n",
+    ],
+)
+def test_what_yaml_itself_stumbles_over_is_one_error(tmp_path, text):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(StageError, match=r"params\.yaml: "):
+        read_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfet\0", b"train: \xe9\n", b"a: \0\n", b"\x80" * 50])
+def test_a_file_that_is_not_utf8_is_one_error(tmp_path, content):
+    (tmp_path / "params.yaml").write_bytes(content)
+    with pytest.raises(StageError, match=r"params\.yaml: (expected UTF-8|not valid YAML)"):
+        read_params(tmp_path / "params.yaml")

@@ -1,10 +1,14 @@
 """SD_WORK_MAX_BYTES: the least recently used goes first, and never what a live process uses."""
 
 import os
+import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +18,15 @@ import torch
 from stages import show_work as work_listing
 from stages.lib.frame import work_directory
 from stages.lib.frame.errors import StageError
-from stages.lib.frame.work_directory import Room, max_work_bytes, trim, units, use
+from stages.lib.frame.work_directory import (
+    Room,
+    check_work_directory,
+    extraction,
+    max_work_bytes,
+    trim,
+    units,
+    use,
+)
 from stages.lib.store.work_store import WorkStore
 from stages.lib.training.checkpoints import Checkpoints
 from tests.conftest import REPOSITORY
@@ -303,3 +315,63 @@ def test_the_listing_says_what_is_held_and_what_made_it(tmp_path, monkeypatch):
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [head, images, made_with, run]
+
+
+def test_rows_dated_in_the_future_do_not_escape_the_bound(tmp_path, monkeypatch):
+    store = WorkStore(tmp_path, "encode", {"recipe": "old"})
+    store.put(["a"], [{"mean": np.zeros(2000, np.uint8)}])
+    (block,) = store.directory.glob("*.safetensors")
+    os.utime(block, (time.time() + 10**8,) * 2)
+    store._use.close()
+    monkeypatch.setenv("SD_WORK_MAX_BYTES", "1000")
+    trim(tmp_path, used_since=time.time_ns())
+    assert not block.exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "file above", "not writable"])
+def test_a_work_directory_that_cannot_be_used_is_one_clear_error(tmp_path, monkeypatch, kind):
+    (tmp_path / "taken").write_text("")
+    work = {"file": tmp_path / "taken", "file above": tmp_path / "taken" / "work"}.get(
+        kind, tmp_path / "work"
+    )
+    monkeypatch.setenv("SD_WORK", str(work))
+    if kind == "not writable":  # root writes everywhere
+
+        def refuse(**_):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(StageError, match=rf"{work}: expected a work directory that this user may write to"):
+        check_work_directory()
+
+
+def test_modes_follow_the_groups_of_a_shared_directory(tmp_path):
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    for directory, mode in ((shared, 0o2775), (own, 0o755)):
+        directory.mkdir()
+        directory.chmod(mode)
+    before = os.umask(0o022)
+    try:
+        for directory in (shared, own):
+            WorkStore(directory, "encode", {"recipe": "x"}).put(["a"], [{"mean": np.zeros(3)}])
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in shared.rglob("*")}
+    assert set(modes.values()) == {0o2775, 0o664}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in own.rglob("*")} == {0o755, 0o644}
+
+
+def test_what_a_killed_process_unpacked_is_listed_and_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("SD_WORK", str(tmp_path))
+    killed = tmp_path / "extracted" / ("a" * 32)
+    (killed / "files").mkdir(parents=True)
+    (killed / "files/a.png").write_bytes(bytes(5000))
+    (killed / "lock").touch()
+    with extraction() as mine:
+        assert not killed.exists()
+        (mine / "b.png").write_bytes(bytes(3000))
+        text = "\n".join(work_listing.listing(tmp_path))
+        assert re.search(r"extracted/[0-9a-f]{32}  an unpacked archive  2\.9 KiB", text)
+        trim(tmp_path)
+        assert (mine / "b.png").exists()
+    assert not list((tmp_path / "extracted").iterdir())

@@ -13,6 +13,7 @@ import importlib.util
 import io
 import itertools
 import pickle
+import re
 import struct
 import sys
 import tempfile
@@ -70,6 +71,7 @@ def load_inception(weights: Path) -> Inception:
         raise StageError(
             f"{weights} (evaluate.inception_weights): {error.strerror}; expected {WEIGHTS}"
         ) from error
+    _check_hash_in_name(weights, content)
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         with tempfile.TemporaryDirectory() as directory:
@@ -109,6 +111,17 @@ def _batches(pictures: Iterable[Image.Image]) -> Iterator[list[Image.Image]]:
     iterator = iter(pictures)
     while batch := list(itertools.islice(iterator, BATCH_SIZE)):
         yield batch
+
+
+def _check_hash_in_name(weights: Path, content: bytes) -> None:
+    """Raise StageError if the file is not the one whose hash its name ends in, as torch.hub names them."""
+    named = re.search(r"-([0-9a-f]{8,})\.pth$", weights.name)
+    found = hashlib.sha256(content).hexdigest()
+    if named and not found.startswith(named[1]):
+        raise StageError(
+            f"{weights} (evaluate.inception_weights): expected a file whose SHA-256 begins with {named[1]}, "
+            f"as its name says, got {found[:8]}: it is damaged; fetch it again"
+        )
 
 
 def _extractor_module() -> ModuleType:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from stages.lib.core.paths import BASELINE_MEASUREMENTS, EVALUATION_MEASUREMENTS
 from stages.lib.core.tensors import read_checked, write_checked
 from stages.lib.diffusion.held_out import HeldOutLosses
 from stages.lib.frame.errors import StageError
@@ -149,8 +150,9 @@ def check_same_problems(base: Measurements, tuned: Measurements) -> None:
         if base.made_from.get(name) != tuned.made_from.get(name)
     ):
         raise StageError(
-            f"measurements: base and fine-tuned UNet were measured with different {', '.join(differing)}; "
-            "run `dvc repro baseline evaluate`"
+            f"{BASELINE_MEASUREMENTS}, {EVALUATION_MEASUREMENTS}: expected base and fine-tuned UNet measured "
+            f"with the same, got different {', '.join(differing)}; run `dvc repro -f -s baseline`, then "
+            "`dvc repro -f -s evaluate`"
         )
     for what, one, other in (
         ("held-out samples", base.losses.sample_ids, tuned.losses.sample_ids),
@@ -159,8 +161,8 @@ def check_same_problems(base: Measurements, tuned: Measurements) -> None:
     ):
         if list(one) != list(other):
             raise StageError(
-                f"measurements: base and fine-tuned UNet were measured on different {what} ({len(one)} and "
-                f"{len(other)}); run `dvc repro baseline evaluate`"
+                f"{BASELINE_MEASUREMENTS}, {EVALUATION_MEASUREMENTS}: base and fine-tuned UNet measured on "
+                f"different {what} ({len(one)}, {len(other)}); run `dvc repro baseline evaluate`"
             )
 
 

@@ -1,0 +1,32 @@
+"""Texts that reach a terminal, whatever a file is called."""
+
+import logging
+
+import pytest
+
+from stages.lib.frame.errors import StageError, printable
+from stages.lib.frame.run import run_command
+
+
+def test_what_steers_a_terminal_is_shown_and_not_obeyed():
+    assert printable("a\x1b[31mred\x07\x9b1m\x7f\r") == "a\\x1b[31mred\\x07\\x9b1m\\x7f\\r"
+    assert printable("\u202egnp.exe\u2066") == "\\u202egnp.exe\\u2066"
+    assert printable("i\udcff\u2028") == "i\\udcff\\u2028"
+    plain = "two lines\n\tand a tab, ü 赤い 👩\u200d🚀"
+    assert printable(plain) == plain
+
+
+def test_errors_and_logs_of_a_command_are_printable(capsys):
+    def main():
+        logging.getLogger("x").warning("log of %s", "\x1b[2J.png")
+        raise StageError("error of \x1b[2J.png")
+
+    root = logging.getLogger()
+    before, root.handlers = root.handlers, []
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run_command("prepare", main)
+    finally:
+        root.handlers = before
+    assert stopped.value.code == "\nprepare: error of \\x1b[2J.png"
+    assert capsys.readouterr().err == "log of \\x1b[2J.png\n"

@@ -1,0 +1,115 @@
+"""Inputs that move while a stage runs fail it; outputs that share a file with DVC's cache are taken apart."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.lib.core.files import write_json
+from stages.lib.frame.inputs import break_links, inputs_of, look_at, outputs_of
+from stages.lib.frame.params import read_params
+from stages.lib.frame.run import run_stage
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A directory with the repository's dvc.yaml, and a folder of three files as prepare.source."""
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copyfile(REPOSITORY / name, tmp_path / name)
+    document = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    document["prepare"]["source"] = "mine"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(document))
+    (tmp_path / "mine/inner").mkdir(parents=True)
+    for name in ("a.png", "a.txt", "inner/b.txt"):
+        (tmp_path / "mine" / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    for name in ("SD_WORK", "SD_WORK_MAX_BYTES", "SD_LAUNCH", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def edit() -> None:
+    Path("mine/inner/b.txt").write_text("x" * 7)  # of the length it had
+
+
+def add() -> None:
+    Path("mine/new.png").write_text("new")
+
+
+def remove() -> None:
+    Path("mine/a.txt").unlink()
+
+
+def replace() -> None:
+    before = Path("mine/a.png").stat()
+    Path("other").write_text("b.png")
+    os.utime("other", ns=(before.st_atime_ns, before.st_mtime_ns))
+    Path("other").replace("mine/a.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (edit, r"changed mine/inner/b\.txt"),
+        (add, r"new mine/new\.png"),
+        (remove, r"gone mine/a\.txt"),
+        (replace, r"changed mine/a\.png"),
+    ],
+)
+def test_an_input_that_moves_while_the_stage_runs_fails_it(checkout, change, named):
+    with pytest.raises(
+        SystemExit, match=rf"inputs changed while it ran \({named}\).*`dvc repro prepare` again"
+    ):
+        run_stage("prepare", ("prepare",), lambda params: change())
+    run_stage("prepare", ("prepare",), lambda params: None)
+
+
+def test_the_inputs_are_those_of_dvc_yaml_without_code(checkout):
+    params = read_params()
+    assert inputs_of("prepare", params) == [Path("mine")]
+    assert sorted(look_at(inputs_of("prepare", params))) == ["mine/a.png", "mine/a.txt", "mine/inner/b.txt"]
+    assert Path("data/pairs/captions.parquet") in inputs_of("train", params)
+    assert not any(path.parts[0] == "stages" for path in inputs_of("train", params))
+    assert Path("data/training/metrics.json") in outputs_of("train")
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_a_parameter_that_names_no_path_is_no_input(checkout, nothing):
+    document = yaml.safe_load(Path("params.yaml").read_text())
+    document["fetch_base"]["vae_directory"] = nothing
+    Path("params.yaml").write_text(yaml.safe_dump(document))
+    params = read_params()
+    assert inputs_of("fetch_base", params) == [Path("data/tiny"), Path("data/tiny/clip")]
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_stage_by_hand_writes_nothing_into_the_cache(checkout, link):
+    """With cache.type hardlink or symlink, the output is a name of the cache's own file."""
+    cached = checkout / "cache"
+    cached.mkdir()
+    (cached / "metrics").write_text("kept")
+    Path("data/pairs/images").mkdir(parents=True)
+    link(cached / "metrics", "data/prepare_metrics.json")
+    link(cached / "metrics", "data/pairs/images/shard.parquet")
+    Path("data/pairs/rejected.jsonl").write_text("own")
+
+    def main(params):
+        assert not Path("data/pairs/images").exists()
+        assert Path("data/pairs/rejected.jsonl").read_text() == "own"
+        Path("data/prepare_metrics.json").write_text("new")
+
+    run_stage("prepare", ("prepare",), main)
+    assert (cached / "metrics").read_text() == "kept"
+    assert Path("data/prepare_metrics.json").read_text() == "new"
+
+
+def test_a_file_that_is_written_again_is_another_file(tmp_path):
+    """Whatever calls `write_json` without a stage around it: the other name keeps what it holds."""
+    write_json(tmp_path / "metrics.json", {"a": 1})
+    os.link(tmp_path / "metrics.json", tmp_path / "cached")
+    write_json(tmp_path / "metrics.json", {"a": 2})
+    assert '"a": 1' in (tmp_path / "cached").read_text()
+    break_links([tmp_path / "absent"])
