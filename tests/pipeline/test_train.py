@@ -1,6 +1,7 @@
 """The training stage: its loss against diffusers, exact resume, clear stops, lean imports."""
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -202,6 +203,7 @@ def test_a_changed_value_starts_anew(encoded, change):
 
 @pytest.mark.parametrize("damage", ["bit in a tensor", "bit in the header", "cut short", "emptied"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(encoded, caplog, damage):
+    caplog.set_level(logging.INFO)
     run_train()
     first = outputs()
     (directory,) = Path(".work/train").iterdir()

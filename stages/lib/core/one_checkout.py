@@ -34,7 +34,8 @@ def check_one_checkout() -> None:
     with _put_by_the_first(name):
         gather_object([0])  # the first process has put them there
         missing = [what for what, directory in _places().items() if not _appears(directory / name)]
-        found = gather_object(missing and [(process_index(), platform.node(), str(Path.cwd()), missing)])
+        report = [(process_index(), platform.node(), str(Path.cwd()), missing)] if missing else []
+        found = gather_object(report)
     if found:
         those = "; ".join(
             f"process {index} on {host} in {directory} sees another {' and another '.join(missing)}"
