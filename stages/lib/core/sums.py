@@ -21,7 +21,7 @@ from stages.lib.frame.errors import StageError
 SUMS = "SHA256SUMS"
 _SEAL = "sha256"
 NUM_SHOWN = 3
-_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+_LINE = re.compile(r"([0-9a-f]{64})  ([^\0]+)")
 
 
 def hash_file(path: Path) -> str:

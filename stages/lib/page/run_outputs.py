@@ -179,7 +179,7 @@ def read_file(files: AbstractFileSystem, path: str) -> bytes:
     """The bytes of a stage's output."""
     try:
         return files.cat_file(path)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    except OSError as error:
         raise MissingOutput(path) from error
 
 

@@ -131,7 +131,7 @@ def open_store(path: Path, stage: str) -> zarr.Group:
         document = json.loads((path / "zarr.json").read_bytes())
         attributes = document["attributes"]
         recorded = attributes.get("fingerprint")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StageError(f"{path}/zarr.json: damaged ({error!r}); {remedy(stage)}") from error
     if recorded is None:
         raise StageError(f"{path}: not complete, its stage was stopped; {remedy(stage)}")
