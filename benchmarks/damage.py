@@ -109,7 +109,9 @@ DAMAGES: dict[str, Callable[[bytes, bytes | None], bytes | None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="of the kinds those whose name holds this")
+    parser.add_argument(
+        "--only", default="", help="of the kinds those whose name holds this; the result keeps the others"
+    )
     parser.add_argument("--work", type=Path, help="an empty directory to work in")
     parser.add_argument("--processes", type=int, default=2, help="cells at a time")
     arguments = parser.parse_args()
@@ -131,16 +133,14 @@ def main() -> None:
     )
     for (kind, damage, way), outcome in zip(places, outcomes, strict=True):
         cells[kind.name][damage][way] = outcome
+    table = json.loads(RESULT.read_text())["table"] if arguments.only and RESULT.exists() else {}
+    table = {kind.name: (table | cells)[kind.name] for kind in KINDS if kind.name in table | cells}
     counts = collections.Counter(
-        outcome.split(":")[0]
-        for row in cells.values()
-        for found in row.values()
-        for outcome in found.values()
+        outcome.split(":")[0] for row in table.values() for ways in row.values() for outcome in ways.values()
     )
     print(dict(counts))
-    if not arguments.only:
-        result = {"cells": sum(counts.values()), "counts": dict(sorted(counts.items())), "table": cells}
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"cells": sum(counts.values()), "counts": dict(sorted(counts.items())), "table": table}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(any(counts[outcome] for outcome in BAD))
 
 

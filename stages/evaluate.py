@@ -58,6 +58,7 @@ def main(params: Params) -> None:
     drawing.save(EVALUATION / "nearest.png")
     shown = {
         "unet_sha256": hash_file(TRAINED_UNET / SUMS),
+        "measurements_sha256": hash_file(EVALUATION_MEASUREMENTS),
         "base_files": dict(base.files),
         "files": hashes_of_pictures(EVALUATION),
         "prompts": list(options.prompts),

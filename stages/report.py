@@ -18,9 +18,10 @@ from stages.lib.core.paths import (
     EVALUATION_REPORT,
     EVALUATION_SUMMARY,
 )
-from stages.lib.core.sums import read_sealed_json, write_sealed_json
+from stages.lib.core.sums import hash_file, read_sealed_json, remedy, write_sealed_json
 from stages.lib.evaluation.measuring.measurements import check_same_problems, read_measurements
 from stages.lib.evaluation.report import base_numbers, compared_numbers, report_entries, summary_of
+from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Params
 from stages.lib.frame.run import run_stage
 
@@ -31,6 +32,11 @@ def main(params: Params) -> None:
     tuned, _ = read_measurements(EVALUATION_MEASUREMENTS, "evaluate")
     check_same_problems(base, tuned)
     pictures = read_sealed_json(EVALUATION_PICTURES, "evaluate")
+    if pictures["measurements_sha256"] != hash_file(EVALUATION_MEASUREMENTS):
+        raise StageError(
+            f"{EVALUATION_PICTURES}: expected what was made with {EVALUATION_MEASUREMENTS}, got that of "
+            f"another run; {remedy('evaluate')}"
+        )
 
     entries = report_entries(base, tuned, reference, options)
     numbers = compared_numbers(entries)
