@@ -362,9 +362,7 @@ def main() -> None:
             "total": total,
             "readers": results,
         }
-        (RESULT if arguments.seconds > 5 else Path("/tmp/fuzz.json")).write_text(
-            json.dumps(summary, indent=1) + "\n"
-        )
+        RESULT.write_text(json.dumps(summary, indent=1) + "\n")
     shutil.rmtree(root)
     sys.exit(bool(total["silent"] or total["uncaught"]))
 
