@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from stages.lib.frame.errors import StageError, is_printable
+from stages.lib.frame.inputs import remove
 from stages.lib.frame.locks import follow_group, lies_at, try_lock
 
 _DAY = 24 * 60 * 60  # seconds
@@ -23,14 +23,6 @@ def fresh_directory(path: Path) -> Path:
     remove(path)
     path.mkdir(parents=True)
     return path
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a directory with all that it holds, or a link, but not what a link leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

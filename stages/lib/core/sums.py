@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.core.files import read_json, write_json, write_text
-from stages.lib.frame.errors import StageError
+from stages.lib.frame.errors import StageError, some
 
 SUMS = "SHA256SUMS"
 _SEAL = "sha256"
-NUM_SHOWN = 3
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\0]+)")
 
 
@@ -130,14 +129,6 @@ def unsealed(values: Mapping[str, Any], where: str, stage: str) -> dict[str, Any
     return found
 
 
-def recorded_hash(text: str, name: str, where: str, stage: str) -> str:
-    """The hash of ``name`` in the text of a file of hashes, whose path is ``where``."""
-    found = parse_sums(text, where, stage).get(name)
-    if found is None:
-        raise StageError(f"{where}: expected the hash of {name}, found none; {remedy(stage)}")
-    return found
-
-
 def parse_sums(text: str, where: str, stage: str) -> dict[str, str]:
     """Path -> hash, from the text of a file of hashes.
 
@@ -207,9 +198,3 @@ def _counted_below(directory: Path) -> Iterator[Path]:
 
 def _name(path: Path, directory: Path) -> str:
     return path.relative_to(directory).as_posix()
-
-
-def some(names: list[str]) -> str:
-    """The first few of ``names``, and how many more there are."""
-    more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
-    return ", ".join(names[:NUM_SHOWN]) + more

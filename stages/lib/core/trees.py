@@ -46,15 +46,6 @@ def read_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def tree_bytes(tree: Any) -> int:
-    """Bytes of the tensors in a tree."""
-    if isinstance(tree, torch.Tensor):
-        return tree.numel() * tree.element_size()
-    if isinstance(tree, dict):
-        return sum(map(tree_bytes, tree.values()))
-    return sum(map(tree_bytes, tree)) if isinstance(tree, list | tuple) else 0
-
-
 def _describe(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
     """``value`` as JSON; its tensors go to ``tensors`` under their places."""
     if isinstance(value, torch.Tensor):

@@ -62,15 +62,11 @@ def read_captions(path: Path) -> list[SampleCaptions]:
     Raises:
         StageError: if the file is missing, damaged or of another schema.
     """
-    return _read_captions(path)[0]
+    return read_captions_and_images(path)[0]
 
 
-def images_of_captions(path: Path) -> str:
-    """The hash of the images that captions.parquet was written with; errors as of `read_captions`."""
-    return _read_captions(path)[1]
-
-
-def _read_captions(path: Path) -> tuple[list[SampleCaptions], str]:
+def read_captions_and_images(path: Path) -> tuple[list[SampleCaptions], str]:
+    """As `read_captions`, with the hash of the images that the file was written with."""
     file = open_table(path, CAPTION_SCHEMA)
     table = read_group(file, path, None, CAPTION_SCHEMA.names)
     metadata = file.schema_arrow.metadata or {}

@@ -30,10 +30,10 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 
-from stages.lib.core.one_checkout import check_one_checkout
 from stages.lib.encoding.batches import Encoder, InProcess, compute_with_one_thread, is_finite
 from stages.lib.frame.ends import starting_workers
 from stages.lib.frame.errors import StageError
+from stages.lib.frame.launch import check_one_checkout
 from stages.lib.frame.progress import progress_bar
 from stages.lib.frame.start_up import keep_freed_memory
 from stages.lib.store.blocks import Row

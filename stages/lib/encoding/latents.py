@@ -15,7 +15,7 @@ import torch
 
 from stages.lib.core.devices import to_device
 from stages.lib.core.paths import ENCODED_CAPTIONS, LATENTS
-from stages.lib.data.pairs import SampleCaptions, images_of_captions, read_captions
+from stages.lib.data.pairs import SampleCaptions, read_captions_and_images
 from stages.lib.encoding.conditioning import Conditioning
 from stages.lib.frame.errors import StageError
 from stages.lib.models.weights import check_made_by
@@ -145,26 +145,30 @@ def read_latents(path: Path = LATENTS, resident: bool = True) -> Latents:
     )
 
 
-def check_same_data(latents: Latents, conditioning: Conditioning, captions: Path) -> None:
-    """Raise StageError if the stores were not made of the pairs whose captions these are.
-
-    A file of an earlier run may be whole, and still not belong to the others.
+def read_samples(latents: Latents, conditioning: Conditioning, captions: Path) -> list[SampleCaptions]:
+    """The samples of captions.parquet whose images are in the store.
 
     Args:
-        latents, conditioning: of all samples.
-        captions: captions.parquet.
+        latents, conditioning: of the same pairs.
+        captions: the file.
+
+    Raises:
+        StageError: if the stores were not made of the pairs whose captions these are: a file of an earlier
+            run may be whole, and still not belong to the others.
     """
-    if latents.images != images_of_captions(captions):
+    samples, images = read_captions_and_images(captions)
+    if latents.images != images:
         raise StageError(
             f"{LATENTS}: expected those of the images that {captions} was written with, got those of others; "
             "run `dvc repro encode_images`"
         )
-    texts = {"", *(caption for sample in read_captions(captions) for caption in sample.captions)}
+    texts = {"", *(caption for sample in samples for caption in sample.captions)}
     if differing := sorted(texts ^ conditioning.row_of.keys()):
         raise StageError(
             f"{ENCODED_CAPTIONS}: expected the captions of {captions}, got {len(differing)} others, e.g. "
             f"{differing[0]!r}; run `dvc repro encode_captions`"
         )
+    return latents.encoded(samples)
 
 
 def check_vae(latents: Latents, vae: Path) -> None:

@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -76,6 +75,8 @@ def starting_workers() -> Iterator[None]:
 
     The process that Python starts beside them to tidy up after a killed one does so without a word.
     """
+    from multiprocessing import resource_tracker  # of use to those alone that start workers
+
     if _TIDIES_QUIETLY not in sys.warnoptions:
         sys.warnoptions.append(_TIDIES_QUIETLY)
     resource_tracker.ensure_running()  # lets interrupts through again, so it comes first

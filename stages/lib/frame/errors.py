@@ -7,12 +7,20 @@ import unicodedata
 # What turns the direction of the text around it.
 _BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
+_NUM_SHOWN = 3
+
 
 class StageError(Exception):
     """Bad input or a bad environment. The message says what, where, expected, got and remedy.
 
     Stages show it without a traceback and exit with status 1.
     """
+
+
+def some(names: list[str]) -> str:
+    """The first few of ``names``, and how many more there are."""
+    more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
+    return ", ".join(names[:_NUM_SHOWN]) + more
 
 
 def is_printable(character: str) -> bool:

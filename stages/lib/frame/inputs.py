@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from stages.lib.frame.errors import StageError
+from stages.lib.frame.errors import StageError, some
 
 PIPELINE = Path("dvc.yaml")
 CODE = "stages"
-NUM_SHOWN = 3
 
 
 class Seen(NamedTuple):
@@ -31,16 +30,32 @@ class Seen(NamedTuple):
     inode: int
 
 
-def inputs_of(stage: str, params: object) -> list[Path]:
-    """The data that dvc.yaml lists as the stage's dependencies; code is looked at by itself."""
-    filled = [_filled(str(path), params) for path in _entries(stage, "deps")]
+def declared(stage: str) -> dict[str, list[Any]]:
+    """The lists of a stage's entry in dvc.yaml; none where there is no such file, as in another directory.
+
+    Raises:
+        StageError: if the file is none of DVC's, or lacks the stage.
+    """
+    try:
+        return dict(yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"][stage])
+    except FileNotFoundError:
+        return {}
+    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        raise StageError(
+            f"{PIPELINE}: expected an entry for stage {stage}, got {error!r}; take the file of the repository"
+        ) from error
+
+
+def inputs_of(entry: Mapping[str, list[Any]], params: object) -> list[Path]:
+    """The data among the dependencies of a stage's entry; code is looked at by itself."""
+    filled = [_filled(str(path), params) for path in entry.get("deps", [])]
     paths = [Path(path) for path in filled if path is not None]
     return [path for path in paths if path.parts[0] != CODE]
 
 
-def outputs_of(stage: str) -> list[Path]:
-    """What dvc.yaml lists as the stage's outputs and metrics."""
-    return [Path(str(path)) for kind in ("outs", "metrics") for path in _entries(stage, kind)]
+def outputs_of(entry: Mapping[str, list[Any]]) -> list[Path]:
+    """The outputs and metrics of a stage's entry."""
+    return [Path(str(path)) for kind in ("outs", "metrics") for path in entry.get(kind, [])]
 
 
 def look_at(paths: list[Path]) -> dict[str, Seen]:
@@ -58,7 +73,7 @@ def check_unmoved(before: Mapping[str, Seen], paths: list[Path], stage: str) -> 
         "new": now.keys() - before.keys(),
         "gone": before.keys() - now.keys(),
     }
-    shown = [f"{kind} {_some(sorted(files))}" for kind, files in kinds.items() if files]
+    shown = [f"{kind} {some(sorted(files))}" for kind, files in kinds.items() if files]
     raise StageError(
         f"the stage's inputs changed while it ran ({'; '.join(shown)}), so its outputs would be recorded as "
         f"made from what they were not made from; run `dvc repro {stage}` again"
@@ -75,28 +90,15 @@ def break_links(paths: list[Path]) -> None:
             continue
         files = [path] if path.is_symlink() or path.is_file() else [Path(file) for file in _files(path)]
         if any(file.is_symlink() or file.lstat().st_nlink > 1 for file in files):
-            _remove(path)
+            remove(path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a directory with all that it holds, or a link, but not what a link leads to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _entries(stage: str, kind: str) -> list[Any]:
-    """The paths in a list of a stage; none where there is no dvc.yaml, as in another directory."""
-    try:
-        document = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))
-        found = document["stages"][stage].get(kind) or []
-    except FileNotFoundError:
-        return []
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise StageError(
-            f"{PIPELINE}: expected an entry for stage {stage}, got {error!r}; take the file of the repository"
-        ) from error
-    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in found]
 
 
 def _filled(path: str, params: object) -> str | None:
@@ -125,8 +127,3 @@ def _seen(file: str) -> Seen | None:
     if not stat.S_ISREG(found.st_mode):
         return None
     return Seen(found.st_size, found.st_mtime_ns, found.st_ino)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
-    return ", ".join(names[:NUM_SHOWN]) + more

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 logger = logging.getLogger(__name__)
+LOCKS = Path("data", ".locks")  # beside what a stage writes: whoever sees the one sees the other
 _OF_THE_GROUP = stat.S_IRGRP | stat.S_IWGRP
 
 

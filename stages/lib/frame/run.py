@@ -17,8 +17,9 @@ from stages.lib.frame.ends import interruptible
 from stages.lib.frame.errors import StageError, printable
 from stages.lib.frame.full_disk import describe_full_disk
 from stages.lib.frame.inputs import break_links, check_unmoved, inputs_of, look_at, outputs_of
+from stages.lib.frame.inputs import declared as declared_in_dvc
 from stages.lib.frame.launch import describe_lost_process, launch, launch_command, process_index
-from stages.lib.frame.locks import exclusive
+from stages.lib.frame.locks import LOCKS, exclusive
 from stages.lib.frame.params import Params, read_params
 from stages.lib.frame.start_up import keep_freed_memory
 from stages.lib.frame.work_directory import (
@@ -30,7 +31,6 @@ from stages.lib.frame.work_directory import (
 )
 
 PROJECT = "stages"
-LOCKS = Path("data", ".locks")  # beside what a stage writes: whoever sees the one sees the other
 TRACEBACK = "SD_TRACEBACK"
 
 logger = logging.getLogger(__name__)
@@ -142,10 +142,10 @@ def _run_main(name: str, declared: tuple[str, ...], main: Callable[[Params], Non
         params = read_params()
         code = _hashed_code()
         is_first = process_index() == 0
-        inputs = inputs_of(name, params) if is_first else []
+        entry = declared_in_dvc(name) if is_first else {}
+        inputs = inputs_of(entry, params)
         seen = look_at(inputs)
-        if is_first:
-            break_links(outputs_of(name))
+        break_links(outputs_of(entry))
         main(params.only(declared))
         _check_unmoved(name, declared, params, code)
         check_unmoved(seen, inputs, name)

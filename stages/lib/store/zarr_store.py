@@ -22,8 +22,8 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from stages.lib.core.sums import differences, hash_files, remedy, some
-from stages.lib.frame.errors import StageError
+from stages.lib.core.sums import differences, hash_files, remedy
+from stages.lib.frame.errors import StageError, some
 from stages.lib.store.shards import chunk_file, chunk_files, chunks_and_shards, num_files, rows_per_file
 
 # A chunk of zeros must be a file too, or a lost one could not be told from it.

@@ -12,10 +12,10 @@ import torch
 
 from stages.lib.core.devices import to_device
 from stages.lib.core.paths import ENCODED_CAPTIONS, LATENTS, PAIR_CAPTIONS
-from stages.lib.data.pairs import SampleCaptions, read_captions
+from stages.lib.data.pairs import SampleCaptions
 from stages.lib.diffusion.validation import check_held_out
 from stages.lib.encoding.conditioning import Conditioning, read_conditioning
-from stages.lib.encoding.latents import Latents, check_same_data, read_latents
+from stages.lib.encoding.latents import Latents, read_latents, read_samples
 from stages.lib.frame.params import Train
 from stages.lib.store.zarr_store import store_bytes
 from stages.lib.training.batches import Batch, TrainingSet, draw_batch, training_set
@@ -98,8 +98,7 @@ def read_training_data(options: Train) -> TrainingData:
     """
     resident = store_bytes(LATENTS) + store_bytes(ENCODED_CAPTIONS) <= options.max_resident_bytes
     latents, conditioning = read_latents(LATENTS, resident), read_conditioning(ENCODED_CAPTIONS, resident)
-    check_same_data(latents, conditioning, PAIR_CAPTIONS)
-    samples = latents.encoded(read_captions(PAIR_CAPTIONS))
+    samples = read_samples(latents, conditioning, PAIR_CAPTIONS)
     check_held_out(samples, options)
     return TrainingData(latents, conditioning, samples, training_set(samples, latents, conditioning))
 

@@ -20,9 +20,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stages.lib.core.devices import use_same_kernels
-from stages.lib.core.one_checkout import check_one_checkout
 from stages.lib.frame.errors import StageError
-from stages.lib.frame.launch import process_index
+from stages.lib.frame.launch import check_one_checkout, process_index
 from stages.lib.frame.params import Train
 from stages.lib.models.loaders import load_unet
 from stages.lib.training.optimizers import OPTIMIZERS

@@ -22,7 +22,13 @@ from stages.lib.data.image_shards import (
     scan_images,
     write_images,
 )
-from stages.lib.data.pairs import SampleCaptions, images_of_captions, read_captions, split_of, write_captions
+from stages.lib.data.pairs import (
+    SampleCaptions,
+    read_captions,
+    read_captions_and_images,
+    split_of,
+    write_captions,
+)
 from stages.lib.frame.errors import StageError
 from tests.conftest import REPOSITORY
 
@@ -160,7 +166,7 @@ def test_captions_come_back_sorted(tmp_path: Path) -> None:
     samples = [SampleCaptions("b", ("two", "one"), "train"), SampleCaptions("a", ("x",), "validation")]
     write_captions(tmp_path / "captions.parquet", samples, "a" * 64)
     assert read_captions(tmp_path / "captions.parquet") == samples[::-1]
-    assert images_of_captions(tmp_path / "captions.parquet") == "a" * 64
+    assert read_captions_and_images(tmp_path / "captions.parquet")[1] == "a" * 64
 
 
 def test_every_flipped_bit_of_the_captions_is_found_or_says_nothing(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Processes end with what started them, and an interrupt ends them without a traceback."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -95,8 +96,13 @@ def test_a_stage_ends_with_what_started_it(checkout, starter, variable):
     process = start(checkout, STARTERS[starter], **{variable: "0"})
     pid = wait_until_running(checkout)
     process.kill()
-    process.communicate()
-    assert ends(pid)
+    process.wait()
+    process.stderr.close()  # which a stage that goes on would hold
+    try:
+        assert ends(pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_stage_started_from_a_terminal_goes_on_without_its_shell(checkout):
@@ -157,6 +163,11 @@ def test_workers_end_with_their_stage_and_without_a_word(tmp_path, seconds, how)
     )  # fmt: skip
     workers = [int(pid) for pid in process.stdout.readline().split()]
     assert len(workers) == 2
-    _, errors = process.communicate()
-    assert all(map(ends, workers))
-    assert errors == ""
+    process.wait(30)
+    try:
+        assert all(map(ends, workers))
+    finally:
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert process.communicate()[1] == ""

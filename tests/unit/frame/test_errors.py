@@ -22,11 +22,12 @@ def test_errors_and_logs_of_a_command_are_printable(capsys):
         raise StageError("error of \x1b[2J.png")
 
     root = logging.getLogger()
-    before, root.handlers = root.handlers, []
+    before, level, root.handlers = root.handlers, root.level, []
     try:
         with pytest.raises(SystemExit) as stopped:
             run_command("prepare", main)
     finally:
         root.handlers = before
+        root.setLevel(level)  # or later tests see messages that a stage would show
     assert stopped.value.code == "\nprepare: error of \\x1b[2J.png"
     assert capsys.readouterr().err == "log of \\x1b[2J.png\n"

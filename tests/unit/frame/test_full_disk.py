@@ -1,9 +1,11 @@
 """A full disk: one clear error, nothing half-written, and the run continues once there is space."""
 
+import contextlib
 import errno
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +27,27 @@ from tests.conftest import REPOSITORY
 LARGE = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB."""
-    disk = tmp_path / "disk"
+@contextlib.contextmanager
+def mounted(disk: Path, options: str) -> Iterator[Path]:
+    """A file system of its own, in memory; the test is skipped where none can be mounted."""
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
     try:
-        subprocess.run(mount, check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "none", str(disk)], check=True, capture_output=True
+        )
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("file systems cannot be mounted here")
     try:
         yield disk
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    with mounted(tmp_path / "disk", "size=1m") as disk:
+        yield disk
 
 
 @pytest.fixture
@@ -195,16 +204,7 @@ def test_other_errors_are_not_taken_for_a_full_disk():
 
 
 def test_a_disk_without_inodes_is_told_from_one_without_bytes(tmp_path, stage):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=9m,nr_inodes=4", "none", str(disk)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("file systems cannot be mounted here")
-    try:
+    with mounted(tmp_path / "disk", "size=9m,nr_inodes=4") as disk:
         message = stage(lambda: [write_atomically(disk / name, b"x") for name in "abcde"])
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
     assert f"no inode is left on the disk of {disk}/d" in message
     assert f"(file system {disk}, " in message and "no room for another file" in message

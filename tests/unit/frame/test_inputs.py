@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from stages.lib.core.files import write_json
-from stages.lib.frame.inputs import break_links, inputs_of, look_at, outputs_of
+from stages.lib.frame.inputs import break_links, declared, inputs_of, look_at, outputs_of
 from stages.lib.frame.params import read_params
 from stages.lib.frame.run import run_stage
 from tests.conftest import REPOSITORY
@@ -69,11 +69,15 @@ def test_an_input_that_moves_while_the_stage_runs_fails_it(checkout, change, nam
 
 def test_the_inputs_are_those_of_dvc_yaml_without_code(checkout):
     params = read_params()
-    assert inputs_of("prepare", params) == [Path("mine")]
-    assert sorted(look_at(inputs_of("prepare", params))) == ["mine/a.png", "mine/a.txt", "mine/inner/b.txt"]
-    assert Path("data/pairs/captions.parquet") in inputs_of("train", params)
-    assert not any(path.parts[0] == "stages" for path in inputs_of("train", params))
-    assert Path("data/training/metrics.json") in outputs_of("train")
+    assert inputs_of(declared("prepare"), params) == [Path("mine")]
+    assert sorted(look_at(inputs_of(declared("prepare"), params))) == [
+        "mine/a.png",
+        "mine/a.txt",
+        "mine/inner/b.txt",
+    ]
+    assert Path("data/pairs/captions.parquet") in inputs_of(declared("train"), params)
+    assert not any(path.parts[0] == "stages" for path in inputs_of(declared("train"), params))
+    assert Path("data/training/metrics.json") in outputs_of(declared("train"))
 
 
 @pytest.mark.parametrize("nothing", [None, ""])
@@ -82,7 +86,7 @@ def test_a_parameter_that_names_no_path_is_no_input(checkout, nothing):
     document["fetch_base"]["vae_directory"] = nothing
     Path("params.yaml").write_text(yaml.safe_dump(document))
     params = read_params()
-    assert inputs_of("fetch_base", params) == [Path("data/tiny"), Path("data/tiny/clip")]
+    assert inputs_of(declared("fetch_base"), params) == [Path("data/tiny"), Path("data/tiny/clip")]
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])

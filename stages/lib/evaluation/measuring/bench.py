@@ -13,11 +13,11 @@ from stages.lib.core.fingerprints import fingerprint
 from stages.lib.core.paths import BASE, BASE_CLIP, LATENTS, PAIR_CAPTIONS, PAIR_IMAGES, RUN_FILE
 from stages.lib.core.sums import SUMS, check_hashes, check_sums, hash_file, remedy
 from stages.lib.data.image_shards import fingerprint_of_images, image_index
-from stages.lib.data.pairs import SampleCaptions, read_captions
+from stages.lib.data.pairs import SampleCaptions
 from stages.lib.diffusion.schedule import training_scheduler
 from stages.lib.diffusion.validation import validation_losses
 from stages.lib.encoding.conditioning import Conditioning, check_text_encoder, read_conditioning
-from stages.lib.encoding.latents import Latents, check_same_data, check_vae, read_latents
+from stages.lib.encoding.latents import Latents, check_vae, read_latents, read_samples
 from stages.lib.evaluation.measuring.clip_features import Clip, load_clip
 from stages.lib.evaluation.measuring.inception_features import Inception, load_inception
 from stages.lib.evaluation.measuring.measure import measure_unet
@@ -78,7 +78,7 @@ def set_up(options: Evaluate, validation: Validation) -> Bench:
     use_same_kernels()
     check_base(BASE)
     latents, conditioning = read_latents(resident=False), read_conditioning(resident=False)
-    check_same_data(latents, conditioning, PAIR_CAPTIONS)
+    samples = read_samples(latents, conditioning, PAIR_CAPTIONS)
     if fingerprint_of_images(image_index(PAIR_IMAGES)) != latents.images:
         raise StageError(
             f"{PAIR_IMAGES}: expected the images that {LATENTS} was made of, got others; "
@@ -86,7 +86,6 @@ def set_up(options: Evaluate, validation: Validation) -> Bench:
         )
     check_vae(latents, BASE / "vae")
     check_text_encoder(conditioning, BASE / "text_encoder")
-    samples = latents.encoded(read_captions(PAIR_CAPTIONS))
     clip = _clip_of_the_base()
     inception = _inception_for_fid(options, clip)
     chosen = metric_samples(samples, options.num_metric_samples) if clip else []
