@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT))
 
 from stages import encode_images, fetch_base, prepare  # noqa: E402
 from stages.lib.data.image_shards import image_index, iter_images  # noqa: E402
-from stages.lib.data.sources import open_source  # noqa: E402
+from stages.lib.data.sources.opening import Reading, open_source  # noqa: E402
 from stages.lib.encoding.autoencoder import build_image_encoder  # noqa: E402
 from stages.lib.encoding.framing import allowed_sizes, frame_images  # noqa: E402
 from stages.lib.frame.params import Params, read_params  # noqa: E402
@@ -61,7 +61,7 @@ DVC = [sys.executable, "-m", "dvc"]
 def write_images(folder: Path, numbers: range, seed: int = 0) -> None:
     """JPEG files with a .txt beside each; another seed gives other images and the same captions."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open_source(ROOT / "data" / "openmoji", "text", 288, folder) as source:
+    with open_source(ROOT / "data" / "openmoji", Reading("text", 288)) as source:
         rows = source.rows
         for number in numbers:
             row = rows[number % len(rows)]

@@ -40,9 +40,10 @@ from stages.lib.core.sums import check_sums, read_sealed_json, write_sealed_json
 from stages.lib.core.tensors import read_checked, tensor_names, write_checked  # noqa: E402
 from stages.lib.core.trees import read_tree, write_tree  # noqa: E402
 from stages.lib.data.image_shards import StoredImage, image_index, iter_images, write_images  # noqa: E402
-from stages.lib.data.images import UnusableImageError, stored_image  # noqa: E402
 from stages.lib.data.pairs import SampleCaptions, read_captions, write_captions  # noqa: E402
-from stages.lib.data.sources import open_source  # noqa: E402
+from stages.lib.data.pictures.formats import UnusableImageError  # noqa: E402
+from stages.lib.data.pictures.storing import stored_image  # noqa: E402
+from stages.lib.data.sources.opening import Reading, open_source  # noqa: E402
 from stages.lib.frame.errors import StageError  # noqa: E402
 from stages.lib.frame.params import read_params  # noqa: E402
 from stages.lib.models.checks import config_problems  # noqa: E402
@@ -153,8 +154,8 @@ def of_a_user(root: Path) -> list[Reader]:
         file = root / f"image.{name}"
         file.write_bytes(buffer.getvalue())
         return Reader(
-            f"image, {name}", file, lambda: stored_image(file.read_bytes()), (UnusableImageError,), False
-        )
+            f"image, {name}", file, lambda: stored_image(file.read_bytes(), 10**8), (UnusableImageError,),
+        False )
 
     def source(name: str, content: bytes, whole: Path | None = None) -> Reader:
         folder = root / name.replace(" ", "_").replace(".", "_")
@@ -165,7 +166,7 @@ def of_a_user(root: Path) -> list[Reader]:
             (folder / "a.png").write_bytes(png(draw_image(1, (9, 9))))
 
         def read() -> Any:
-            with open_source(whole or folder, "text", 16) as found:
+            with open_source(whole or folder, Reading("text", 16)) as found:
                 return found.rows, found.rejected
 
         return Reader(name, file, read, (StageError,), False)

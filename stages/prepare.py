@@ -1,6 +1,6 @@
 """Read images and captions from their source into data/pairs.
 
-Reads  prepare.source: data/openmoji, a folder, or an archive of one
+Reads  prepare.source: data/openmoji, a folder, an archive or a table, or several; or a data set of the Hub
 Writes data/pairs/images/*.parquet, data/pairs/captions.parquet, data/pairs/rejected.jsonl and its hash,
        data/prepare_metrics.json
 Params prepare
@@ -8,49 +8,47 @@ Params prepare
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stages.lib.core.files import fresh_directory, write_json, write_json_lines
 from stages.lib.core.paths import PAIR_CAPTIONS, PAIR_IMAGES, PAIRS, PREPARE_METRICS, REJECTED_PAIRS
 from stages.lib.core.sums import write_sum
+from stages.lib.core.workers import count_cores, map_in_order
+from stages.lib.data.caption_text import tag_variants
 from stages.lib.data.image_shards import ImageEntry, StoredImage, fingerprint_of_images, write_images
-from stages.lib.data.images import UnusableImageError, stored_image
-from stages.lib.data.listing import PairSource, RejectedRow, SourceRow
 from stages.lib.data.pairs import TRAIN, VALIDATION, SampleCaptions, split_of, write_captions
-from stages.lib.data.sources import open_source
+from stages.lib.data.pictures.formats import UnusableImageError
+from stages.lib.data.pictures.storing import CheckedImage, stored_image
+from stages.lib.data.sources.listing import PairSource, RejectedRow, SourceRow
+from stages.lib.data.sources.opening import Reading, open_source, open_sources
+from stages.lib.data.sources.splits import TEST
 from stages.lib.frame.errors import StageError
+from stages.lib.frame.inputs import declared, inputs_of
 from stages.lib.frame.params import Params, Prepare
 from stages.lib.frame.progress import progress_bar
 from stages.lib.frame.run import run_stage
 
-_DECODED_AHEAD = 64  # images in memory at a time
+_IN_THREADS = 512  # so few images are decoded sooner than worker processes start
+_AHEAD = 4  # images of each worker that wait in memory
 logger = logging.getLogger(__name__)
 
 
 def main(params: Params) -> None:
     prepare = params.prepare
-    fresh_directory(PAIRS)
-    fresh_directory(PAIR_IMAGES)
-    with open_source(Path(str(prepare.source)), prepare.caption_column, prepare.render_resolution) as source:
+    with source_of(params) as source:
         rows, rejected = first_rows(source, prepare.max_samples)
+        rows, num_test = without_test(rows)
+        clear_outputs()
         report_rejected(rejected, len(rows), prepare)
-        captions_of = {row.sample_id: row.captions for row in rows}
-        stored, broken = store_images(list(captions_of), source.read)
+        stored, broken, num_converted = store_images(rows, source, prepare)
     rejected = sorted(rejected + broken)
     report_rejected(rejected, len(stored), prepare)
 
-    samples = [
-        SampleCaptions(
-            image.sample_id,
-            captions_of[image.sample_id],
-            split_of(image.sample_id, prepare.split_seed, prepare.validation_fraction),
-        )
-        for image in stored
-    ]
+    samples = list(samples_of(stored, {row.sample_id: row for row in rows}, prepare))
     num_train = sum(sample.split == TRAIN for sample in samples)
     check_splits(num_train, len(samples), prepare)
     write_captions(PAIR_CAPTIONS, samples, fingerprint_of_images(stored))
@@ -58,12 +56,48 @@ def main(params: Params) -> None:
         "num_samples": len(samples),
         "num_train_samples": num_train,
         "num_validation_samples": len(samples) - num_train,
+        "num_test_samples_left_out": num_test,
         "num_captions": sum(len(sample.captions) for sample in samples),
+        "num_duplicate_images": len(stored) - len({image.image_sha256 for image in stored}),
+        "num_converted_to_srgb": num_converted,
         "num_rejected": len(rejected),
         "num_unlisted_files": source.num_unlisted_files,
     }
     write_json(PREPARE_METRICS, metrics)
     logger.info("%s: %s", PAIRS, ", ".join(f"{name} {value}" for name, value in metrics.items()))
+
+
+def source_of(params: Params) -> contextlib.AbstractContextManager[PairSource]:
+    """What the parameters name, opened."""
+    prepare = params.prepare
+    usual = Reading(prepare.caption_column, prepare.render_resolution)
+    if prepare.sources is None:
+        return open_source(Path(str(prepare.source)), usual)
+    check_declared([source.path for source in prepare.sources], params)
+    return open_sources(
+        {
+            source.path: Reading(
+                source.caption_column or usual.caption_column,
+                usual.render_resolution,
+                source.caption_prefix,
+                source.repeats,
+            )
+            for source in prepare.sources
+        }
+    )
+
+
+def check_declared(paths: Sequence[str], params: Params) -> None:
+    """Raise StageError for a source whose changes DVC would not notice."""
+    listed = [path.resolve() for path in inputs_of(declared("prepare"), params)]
+    for index, path in enumerate(paths):
+        if listed and not any(Path(path).resolve().is_relative_to(each) for each in listed):
+            raise StageError(
+                f"params.yaml: prepare.sources[{index}].path {path}: expected it below prepare.source "
+                f"{params.prepare.source}, whose changes DVC notices; move it there, or list it "
+                "among the deps of "
+                "prepare in dvc.yaml"
+            )
 
 
 def first_rows(source: PairSource, max_samples: int | None) -> tuple[list[SourceRow], list[RejectedRow]]:
@@ -74,36 +108,74 @@ def first_rows(source: PairSource, max_samples: int | None) -> tuple[list[Source
     return rows, [row for row in source.rejected if row.name <= rows[-1].sample_id]
 
 
+def without_test(rows: list[SourceRow]) -> tuple[list[SourceRow], int]:
+    """Rows without the test split of a source that has one, and how many that are.
+
+    A source without a validation split is validated on its test split instead.
+    """
+    if not any(row.split == VALIDATION for row in rows):
+        return rows, 0
+    kept = [row for row in rows if row.split != TEST]
+    return kept, len(rows) - len(kept)
+
+
+def clear_outputs() -> None:
+    """Remove what an earlier run of this stage has written, and nothing that lies beside it."""
+    fresh_directory(PAIR_IMAGES)
+    for path in (PAIR_CAPTIONS, REJECTED_PAIRS, PREPARE_METRICS):
+        path.unlink(missing_ok=True)
+
+
 def store_images(
-    sample_ids: list[str], read: Callable[[str], bytes]
-) -> tuple[list[ImageEntry], list[RejectedRow]]:
-    """Decode and store images, on all cores; what is stored, and what is broken."""
+    rows: Sequence[SourceRow], source: PairSource, prepare: Prepare
+) -> tuple[list[ImageEntry], list[RejectedRow], int]:
+    """Decode and store images, on all cores: what is stored, what is broken, how many become sRGB."""
     broken: list[RejectedRow] = []
+    num_workers, num_converted = count_cores(), 0
+    check = functools.partial(checked, prepare.max_image_pixels)
+    with progress_bar("images", "images", len(rows)) as progress:
 
-    def decoded(sample_id: str) -> StoredImage | RejectedRow:
-        try:
-            return stored_image(read(sample_id))
-        except OSError as error:
-            return RejectedRow(sample_id, f"cannot be read: {error.strerror}")
-        except UnusableImageError as error:
-            return RejectedRow(sample_id, str(error))
+        def load(sample_ids: list[str]) -> Iterator[StoredImage | None]:
+            nonlocal num_converted
+            results = map_in_order(
+                check, source.images(sample_ids), num_workers, _AHEAD * num_workers, len(rows) > _IN_THREADS
+            )
+            for sample_id, result in zip(sample_ids, results, strict=True):
+                progress.update()
+                if isinstance(result, str):
+                    broken.append(RejectedRow(sample_id, result))
+                    yield None
+                else:
+                    num_converted += result.is_converted
+                    yield result.image
 
-    with (
-        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
-        progress_bar("images", "images", len(sample_ids)) as progress,
-    ):
+        return write_images(PAIR_IMAGES, [row.sample_id for row in rows], load), broken, num_converted
 
-        def load(members: list[str]) -> Iterator[StoredImage | None]:
-            for start in range(0, len(members), _DECODED_AHEAD):
-                for result in pool.map(decoded, members[start : start + _DECODED_AHEAD]):
-                    progress.update()
-                    if isinstance(result, RejectedRow):
-                        broken.append(result)
-                        yield None
-                    else:
-                        yield result
 
-        return write_images(PAIR_IMAGES, sample_ids, load), broken
+def checked(max_pixels: int, content: bytes | OSError) -> CheckedImage | str:
+    """An image as it is stored, or the reason why it cannot be."""
+    if isinstance(content, OSError):
+        return f"cannot be read: {content.strerror}"
+    try:
+        return stored_image(content, max_pixels)
+    except UnusableImageError as error:
+        return str(error)
+
+
+def samples_of(
+    stored: Sequence[ImageEntry], row_of: dict[str, SourceRow], prepare: Prepare
+) -> Iterator[SampleCaptions]:
+    """The captions and the split of each image; training captions as variants, where these are asked for."""
+    for image in stored:
+        row = row_of[image.sample_id]
+        split = split_of(image.image_sha256, prepare.split_seed, prepare.validation_fraction)
+        if row.split is not None:
+            split = TRAIN if row.split == TRAIN else VALIDATION
+        captions = row.captions
+        if prepare.caption_variants and split == TRAIN:
+            options = (prepare.caption_variants, prepare.keep_tags, prepare.tag_dropout, prepare.variant_seed)
+            captions = tuple(variant for caption in captions for variant in tag_variants(caption, *options))
+        yield SampleCaptions(image.sample_id, captions, split, row.repeats)
 
 
 def report_rejected(rejected: list[RejectedRow], num_usable: int, prepare: Prepare) -> None:

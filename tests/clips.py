@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stages.lib.data.sources import read_folder
+from stages.lib.data.sources.opening import Reading, read_folder
 from stages.lib.evaluation.measuring.clip_features import image_features, load_clip
 from tests.conftest import REPOSITORY
 from tiny.assemble import PREPROCESSOR
@@ -37,7 +37,7 @@ def value_of(
 
 def emoji_features(directory: Path) -> SimpleNamespace:
     """OpenMoji at 64 pixels in two halves of 64, variations of the first, and noise; features of each."""
-    source = read_folder(REPOSITORY / "data/openmoji", "text", 64)
+    source = read_folder(REPOSITORY / "data/openmoji", Reading("text", 64))
     rows = [source.rows[number] for number in torch.linspace(0, len(source.rows) - 1, 128).int().tolist()]
     pictures = [Image.open(io.BytesIO(source.read(row.sample_id))).convert("RGB") for row in rows]
     clip = load_clip(directory)

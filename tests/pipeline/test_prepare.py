@@ -88,8 +88,11 @@ def test_a_folder_becomes_pairs() -> None:
     assert 0 < held_out < 30
     assert metrics() == {
         "num_captions": 100,
+        "num_converted_to_srgb": 0,
+        "num_duplicate_images": 0,
         "num_rejected": 0,
         "num_samples": 100,
+        "num_test_samples_left_out": 0,
         "num_train_samples": 100 - held_out,
         "num_unlisted_files": 1,
         "num_validation_samples": held_out,
@@ -101,9 +104,10 @@ def test_the_same_source_gives_the_same_bytes() -> None:
     source = params_for(image_set(30))
     prepare.main(source)
     first = outputs()
-    (paths.PAIRS / "left over").write_text("by an earlier run")
+    (paths.PAIR_IMAGES / "left over").write_text("by an earlier run")
+    (paths.PAIRS / "mine").write_text("the user's")
     prepare.main(source)
-    assert outputs() == first
+    assert outputs() == first | {"pairs/mine": b"the user's"}
 
 
 def test_an_archive_gives_the_bytes_of_its_folder(workplace: Path) -> None:

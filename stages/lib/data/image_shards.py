@@ -8,6 +8,7 @@ so that a shard of another run is told from the one that belongs there; each ima
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 import json
@@ -70,23 +71,27 @@ class ImageEntry(NamedTuple):
 def write_images(
     directory: Path, sample_ids: Sequence[str], load: Callable[[list[str]], Iterable[StoredImage | None]]
 ) -> list[ImageEntry]:
-    """Write the shards, and the hash of what they list; memory stays within a row group.
+    """Write the shards, and the hash of what they list; memory stays within a row group a shard.
 
     Args:
         directory: exists and is empty.
         sample_ids: unique.
-        load: yields the image of each sample_id it is given, in order; None leaves it out.
+        load: yields the image of each sample_id it is given, in order; None leaves it out. It is given all of
+            them at once, sorted, so that a source can be read from its start to its end.
 
     Returns:
         What was written, sorted by sample_id.
     """
-    num_shards = _num_shards(len(sample_ids))
-    shards: list[list[str]] = [[] for _ in range(num_shards)]
-    for sample_id in sorted(sample_ids):
-        shards[_shard_of(sample_id, num_shards)].append(sample_id)
-    written: list[ImageEntry] = []
-    for path, members in zip(_shard_paths(directory, num_shards), shards, strict=True):
-        written += _write_shard(path, zip(members, load(members), strict=True))
+    order = sorted(sample_ids)
+    paths = _shard_paths(directory, _num_shards(len(order)))
+    with contextlib.ExitStack() as open_files:
+        shards = [_Shard(open_files, path) for path in paths]
+        for sample_id, image in zip(order, load(order), strict=True):
+            if image is not None:
+                shards[_shard_of(sample_id, len(shards))].add(sample_id, image)
+        for shard in shards:
+            shard.flush()
+    written = [entry for shard in shards for entry in shard.written]
     write_json(directory / INDEX, {"images_sha256": fingerprint_of_images(written)})
     return sorted(written)
 
@@ -171,31 +176,37 @@ def _shard_paths(directory: Path, num_shards: int) -> list[Path]:
     return [directory / f"images-{index:05d}-of-{num_shards:05d}.parquet" for index in range(num_shards)]
 
 
-def _write_shard(path: Path, images: Iterable[tuple[str, StoredImage | None]]) -> list[ImageEntry]:
-    written: list[ImageEntry] = []
-    rows: list[dict[str, Any]] = []
-    num_bytes = 0
-    with pq.ParquetWriter(
-        path,
-        IMAGE_SCHEMA,
-        compression="none",
-        use_dictionary=False,
-        write_statistics=["sample_id"],
-        write_page_checksum=True,
-    ) as writer:
-        for sample_id, image in images:
-            if image is None:
-                continue
-            digest = hashlib.sha256(image.data).hexdigest()
-            written.append(ImageEntry(sample_id, digest, image.width, image.height))
-            rows.append({**written[-1]._asdict(), "image": {"bytes": image.data, "path": sample_id}})
-            num_bytes += len(image.data)
-            if num_bytes >= ROW_GROUP_BYTES:
-                writer.write_table(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA))
-                rows, num_bytes = [], 0
-        if rows:
-            writer.write_table(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA))
-    return written
+class _Shard:
+    """A shard as it is written: rows wait until they fill a row group."""
+
+    def __init__(self, open_files: contextlib.ExitStack, path: Path) -> None:
+        self.written: list[ImageEntry] = []
+        self._rows: list[dict[str, Any]] = []
+        self._num_bytes = 0
+        self._writer = open_files.enter_context(
+            pq.ParquetWriter(
+                path,
+                IMAGE_SCHEMA,
+                compression="none",
+                use_dictionary=False,
+                write_statistics=["sample_id"],
+                write_page_checksum=True,
+            )
+        )
+
+    def add(self, sample_id: str, image: StoredImage) -> None:
+        digest = hashlib.sha256(image.data).hexdigest()
+        entry = ImageEntry(sample_id, digest, image.width, image.height)
+        self.written.append(entry)
+        self._rows.append({**entry._asdict(), "image": {"bytes": image.data, "path": sample_id}})
+        self._num_bytes += len(image.data)
+        if self._num_bytes >= ROW_GROUP_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=IMAGE_SCHEMA))
+        self._rows, self._num_bytes = [], 0
 
 
 def _found_shards(directory: Path) -> list[Path]:

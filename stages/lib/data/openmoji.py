@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stages.lib.data.emoji_art import is_flag, render_svg, short_name
-from stages.lib.data.images import png
-from stages.lib.data.listing import PairSource, SourceRow
+from stages.lib.data.pictures.storing import png
+from stages.lib.data.sources.listing import PairSource, SourceRow
 from stages.lib.frame.errors import StageError
 
 DESCRIPTOR = "openmoji.json"
@@ -27,12 +28,13 @@ def read_openmoji(descriptor: Path, render_resolution: int) -> PairSource:
     if not drawing_of:
         raise StageError(f"{drawings}: holds no emoji; install the package {OPENMOJI_PACKAGE} again")
 
-    def read(sample_id: str) -> bytes:
-        svg = (drawings / sample_id).read_text(encoding="utf-8")
-        return png(render_svg(svg, render_resolution)).data
+    def images(sample_ids: Sequence[str]) -> Iterator[bytes]:
+        for sample_id in sample_ids:
+            svg = (drawings / sample_id).read_text(encoding="utf-8")
+            yield png(render_svg(svg, render_resolution)).data
 
     rows = [SourceRow(sample_id, (name,)) for name, sample_id in drawing_of.items()]
-    return PairSource(sorted(rows, key=lambda row: row.sample_id), [], 0, read)
+    return PairSource(sorted(rows, key=lambda row: row.sample_id), [], 0, images)
 
 
 def artwork_of_package(descriptor: Path) -> Path:

@@ -31,11 +31,15 @@ class SampleCaptions:
     sample_id: str
     captions: tuple[str, ...]
     split: str
+    repeats: int = 1
 
 
-def split_of(sample_id: str, split_seed: int, validation_fraction: float) -> str:
-    """ "train" or "validation", a function of the arguments alone: new samples move nobody."""
-    return VALIDATION if unit_hash("split", split_seed, sample_id) < validation_fraction else TRAIN
+def split_of(image_sha256: str, split_seed: int, validation_fraction: float) -> str:
+    """ "train" or "validation", a function of the arguments alone.
+
+    New images move nobody, and copies of one image never stand on both sides, whatever their names.
+    """
+    return VALIDATION if unit_hash("split", split_seed, image_sha256) < validation_fraction else TRAIN
 
 
 def write_captions(path: Path, samples: Iterable[SampleCaptions], images: str) -> None:

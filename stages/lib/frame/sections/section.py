@@ -72,6 +72,12 @@ def check(function: Check) -> Check:
     return function
 
 
+class Entry(BaseModel):
+    """One of several things in a list: a field a key; those with a default may be left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
 class Section(BaseModel):
     """One section: a field a key; defaults live in params.yaml, descriptions give unit and meaning."""
 
@@ -119,7 +125,15 @@ def read_section(section: type[S], values: Mapping[str, Any]) -> tuple[S | None,
     try:
         whole = section.model_validate(known)
     except ValidationError as error:
-        found = [_problem(section, each) for each in error.errors() if each["type"] != "missing"]
+        # A missing key is told by the file's reader, but for those of an item of a list.
+        places = {each["loc"] for each in error.errors()}
+        told = [
+            each
+            for each in error.errors()
+            if (each["type"] != "missing" or len(each["loc"]) > 1)
+            and not any(place[: len(each["loc"])] == each["loc"] != place for place in places)
+        ]
+        found = [_problem(section, each) for each in told]
         bad = {str(each["loc"][0]) for each in error.errors()}
         good = {key: _adapter(section, key).validate_python(known[key]) for key in known.keys() - bad}
         return None, [*found, *section.model_construct(**good).problems()]
@@ -135,14 +149,21 @@ def _problem(section: type[Section], error: Any) -> Problem:
     """An error of pydantic's in the words of this project."""
     key, *path = error["loc"]
     kind: Any = section.model_fields[key].rebuild_annotation()
-    items = [part for part in path if isinstance(part, int)]
+    place = f"{section.section}.{key}"
     may_be_null = _is_optional(kind)
-    for _ in items:
-        kind = _item(kind)
+    for part in path:
+        if isinstance(part, int):
+            kind, place = _item(kind), f"{place}[{part}]"
+        elif isinstance(model := _bare(_arm(kind)), type) and issubclass(model, Entry):
+            place = f"{place}.{part}"
+            if part not in model.model_fields:
+                return Problem(place, f"one of the keys {', '.join(model.model_fields)}", error["input"])
+            if error["type"] == "missing":
+                return Problem(place, "a value", None)
+            kind = model.model_fields[part].rebuild_annotation()
         may_be_null = _is_optional(kind)
     is_bound = error["type"].startswith(("greater_than", "less_than"))
     expected = (_bounds(kind) if is_bound else _kind(kind)) + (", or null" if may_be_null else "")
-    place = f"{section.section}.{key}" + "".join(f"[{index}]" for index in items)
     return Problem(place, expected, error["input"])
 
 
@@ -175,6 +196,8 @@ def _kind(kind: Any) -> str:
         return f"one of {', '.join(typing.get_args(bare))}"
     if typing.get_origin(bare) is tuple:
         return "a list of one or more values"
+    if isinstance(bare, type) and issubclass(bare, Entry):
+        return f"a mapping of {', '.join(bare.model_fields)}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[bare]
 
 

@@ -1,0 +1,59 @@
+"""Which image files can be used, and how they are kept: with their own bytes, or as a PNG of the picture."""
+
+from __future__ import annotations
+
+import io
+from typing import NamedTuple
+
+from PIL import Image
+
+from stages.lib.data.image_shards import StoredImage
+from stages.lib.data.pictures.decoding import opened, picture_of, upright_size
+from stages.lib.data.pictures.formats import UnusableImageError
+from stages.lib.data.pictures.jpeg_scan import check_scan
+
+# Others are large, or hold more than a picture.
+_COMPACT = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "JPEG2000")
+
+
+class CheckedImage(NamedTuple):
+    """An image as it is kept, and whether its colours are converted to sRGB when it is decoded."""
+
+    image: StoredImage
+    is_converted: bool
+
+
+def stored_image(data: bytes, max_pixels: int) -> CheckedImage:
+    """The image of a file as it is kept.
+
+    Files of compact formats keep their bytes, whatever they hold beside a single frame; all others become a
+    PNG. The whole image is decoded, so that a truncated file is found here.
+
+    Args:
+        data: the file.
+        max_pixels: of a picture.
+
+    Raises:
+        UnusableImageError: what cannot be decoded as a whole, is too large, or has pixel values without a
+            defined range.
+    """
+    with opened(data) as image:
+        width, height = upright_size(image)
+        if width * height > max_pixels:
+            raise UnusableImageError(
+                f"{width} x {height} pixels, prepare.max_image_pixels is {max_pixels}; raise it, "
+                "or reduce the image"
+            )
+        is_kept = image.format in _COMPACT and (image.format == "MPO" or getattr(image, "n_frames", 1) == 1)
+        if image.format in ("JPEG", "MPO") and (problem := check_scan(data)) is not None:
+            raise UnusableImageError(f"broken image: {problem}")
+        picture, is_converted = picture_of(image, data)
+    return CheckedImage(StoredImage(data, *picture.size) if is_kept else png(picture), is_converted)
+
+
+def png(image: Image.Image) -> StoredImage:
+    """An RGB image as PNG without metadata: the same bytes for the same pixels."""
+    bare = Image.frombytes("RGB", image.size, image.tobytes())
+    buffer = io.BytesIO()
+    bare.save(buffer, "PNG")
+    return StoredImage(buffer.getvalue(), *image.size)

@@ -1,0 +1,54 @@
+"""What the tags of a TIFF say of its pixels: how many bits count, and whether they are a picture at all.
+
+TIFF 6.0 (Adobe, 1992) and Digital Negative 1.7 (Adobe, 2023).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from stages.lib.data.pictures.formats import UnusableImageError
+
+_NEW_SUBFILE_TYPE, _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 254, 258, 262, 339
+_DNG_VERSION = 50706
+_REDUCED = 1  # bit of NewSubfileType: a smaller version of another picture in the file
+_WHITE_IS_ZERO = 0
+_RAW_PHOTOMETRIC = (32803, 34892)  # of a colour filter array, and linear raw
+_SIGNED, _FLOAT = 2, 3
+_CANON_RAW = slice(8, 10), b"CR"
+
+
+class Samples(NamedTuple):
+    """How the numbers of a grey picture are meant."""
+
+    maximum: int
+    white_is_zero: bool
+
+
+def check_tiff(image: Any, data: bytes) -> Samples:
+    """How many levels the samples have.
+
+    Raises:
+        UnusableImageError: for raw camera files, whose first picture is a thumbnail, and for signed and
+            floating-point samples.
+    """
+    tags = image.tag_v2
+    place, canon = _CANON_RAW
+    if (
+        int(tags.get(_NEW_SUBFILE_TYPE, 0)) & _REDUCED
+        or _DNG_VERSION in tags
+        or tags.get(_PHOTOMETRIC) in _RAW_PHOTOMETRIC
+        or data[place] == canon
+    ):
+        raise UnusableImageError(
+            "a raw camera file, of which this reads the thumbnail alone; develop it to TIFF, PNG or JPEG"
+        )
+    formats = tags.get(_SAMPLE_FORMAT, (1,))
+    if _FLOAT in formats:
+        raise UnusableImageError("floating-point pixel values have no defined range")
+    if _SIGNED in formats:
+        raise UnusableImageError("signed pixel values have no defined range")
+    bits = max(tags.get(_BITS_PER_SAMPLE, (1,)))
+    if bits > 16:
+        raise UnusableImageError(f"{bits}-bit pixel values have no defined range")
+    return Samples(2**bits - 1, tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO)

@@ -1,0 +1,149 @@
+"""Rows of a source as they are read: taken or rejected, each by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from stages.lib.data.caption_text import UnusableCaptionError, usable_caption
+from stages.lib.data.sources.files import Files
+from stages.lib.data.sources.names import Names, NoSuchNameError, as_text, leaves_folder, tidied_path
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One image by name and its captions, one or more.
+
+    Attributes:
+        sample_id: the source's own name of the row, a relative path.
+        captions: as they are written.
+        split: "train", "validation" or "test" where the source says so.
+        repeats: how often it is drawn an epoch.
+    """
+
+    sample_id: str
+    captions: tuple[str, ...]
+    split: str | None = None
+    repeats: int = 1
+
+
+@dataclass(frozen=True, order=True)
+class RejectedRow:
+    """A row left out, and why."""
+
+    name: str
+    reason: str
+
+
+ReadImages = Callable[[Sequence[str]], Iterator[bytes | OSError]]
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """What a source holds.
+
+    Attributes:
+        rows, rejected: each sorted by name.
+        num_unlisted_files: files that no row names.
+        images: from sample_ids, sorted, to the bytes of their image files, in that order; one that
+            cannot be read is the error.
+    """
+
+    rows: list[SourceRow]
+    rejected: list[RejectedRow]
+    num_unlisted_files: int
+    images: ReadImages
+
+    def read(self, sample_id: str) -> bytes:
+        """The image file of one row."""
+        (content,) = self.images([sample_id])
+        if isinstance(content, OSError):
+            raise content
+        return content
+
+
+@dataclass
+class Listing:
+    """Rows of a set of files as they are read.
+
+    Attributes:
+        files: that are listed.
+        caption_prefix: text in front of every caption.
+        file_of: sample_id -> the image's file.
+        captions_of: sample_id -> captions.
+        repeats_of: sample_id -> how often it is drawn an epoch, where that is not once.
+        listed: files that some row names.
+    """
+
+    files: Files
+    caption_prefix: str = ""
+    file_of: dict[str, str] = field(default_factory=dict)
+    captions_of: dict[str, list[str]] = field(default_factory=dict)
+    repeats_of: dict[str, int] = field(default_factory=dict)
+    rejected: list[RejectedRow] = field(default_factory=list)
+    listed: set[str] = field(default_factory=set)
+
+    def add(self, wanted: str, place: str, captions: Any) -> None:
+        """Take a row, or reject it.
+
+        Args:
+            wanted: the image's name as a table writes it, relative to the source.
+            place: of the row, names it where ``wanted`` is empty.
+            captions: a text or a list of texts; may be anything.
+        """
+        if not wanted.strip():
+            self.reject(place, "no file name")
+            return
+        if leaves_folder(wanted):
+            self.reject(tidied_path(wanted), "points outside the folder")
+            return
+        try:
+            name = self._names.find(wanted)
+        except NoSuchNameError as error:
+            self.reject(tidied_path(wanted), str(error))
+            return
+        self.add_file(name, captions)
+
+    def add_file(self, name: str, captions: Any) -> None:
+        """As `add`, of a file that is there; it keeps the name that it has."""
+        sample_id = as_text(name)
+        self.listed.add(name)
+        if odd := self.files.odd.get(name):
+            self.reject(sample_id, f"expected a file, found {odd}")
+            return
+        if captions == []:
+            self.reject(sample_id, "empty caption")
+        for caption in captions if isinstance(captions, list) else [captions]:
+            try:
+                text = usable_caption(
+                    f"{self.caption_prefix}{caption}" if isinstance(caption, str) else caption
+                )
+            except UnusableCaptionError as error:
+                self.reject(sample_id, str(error))
+            else:
+                self.file_of[sample_id] = name
+                self.captions_of.setdefault(sample_id, []).append(text)
+
+    def reject(self, name: str, reason: str) -> None:
+        self.rejected.append(RejectedRow(as_text(name), reason))
+
+    def source(self) -> PairSource:
+        rows = [
+            SourceRow(sample_id, tuple(dict.fromkeys(captions)), repeats=self.repeats_of.get(sample_id, 1))
+            for sample_id, captions in sorted(self.captions_of.items())
+        ]
+        num_unlisted = len(set(self.files.names) - self.listed)
+        return PairSource(rows, sorted(self.rejected), num_unlisted, self._images)
+
+    def _images(self, sample_ids: Sequence[str]) -> Iterator[bytes | OSError]:
+        for sample_id in sample_ids:
+            try:
+                yield self.files.read(self.file_of[sample_id])
+            except OSError as error:
+                yield error
+
+    @cached_property
+    def _names(self) -> Names:
+        return self.files.lookup()
