@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import io
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
+from stages.lib.data.pictures.decoding import decoded
 from stages.lib.encoding.framing import Framing
+
+_RESIZED_WHOLE = 4  # times the view's pixels: a picture that is resized to more is not resized as a whole
+_SUPPORT = 3  # of the widest filter, Lanczos, in pixels of the smaller picture
 
 
 def load_pixels(image: bytes, framing: Framing, interpolation: str, jpeg_draft: bool) -> np.ndarray:
     """Decode, resize, crop, mirror.
 
     Args:
-        image: an upright 8-bit RGB image file, as prepare stores it.
+        image: an image file, as prepare stores it.
         interpolation: ``lanczos``, ``bicubic``, ``bilinear`` or ``box``.
         jpeg_draft: let the JPEG decoder reduce by 2, 4 or 8 before the resize, where that still
             covers it: several times faster on large photographs, and slightly different.
@@ -24,15 +29,41 @@ def load_pixels(image: bytes, framing: Framing, interpolation: str, jpeg_draft: 
     Returns:
         (height, width, 3) uint8.
     """
-    with Image.open(io.BytesIO(image)) as opened:
-        if jpeg_draft:
-            opened.draft("RGB", framing.resized)
-        picture = opened.convert("RGB")
-    if picture.size != framing.resized:
-        picture = picture.resize(framing.resized, Image.Resampling[interpolation.upper()])
-    right, bottom = framing.left + framing.size.width, framing.top + framing.size.height
-    pixels = np.asarray(picture.crop((framing.left, framing.top, right, bottom)))
+    picture = decoded(image, framing.resized if jpeg_draft else None)
+    pixels = np.asarray(_view(picture, framing, Image.Resampling[interpolation.upper()]))
     return pixels[:, ::-1] if framing.flipped else pixels
+
+
+def _view(picture: Image.Image, framing: Framing, filter_: Image.Resampling) -> Image.Image:
+    """What is kept of the resized picture; memory is bounded by its size, however long the picture is."""
+    left, top, (width, height) = framing.left, framing.top, framing.size
+    if math.prod(framing.resized) <= _RESIZED_WHOLE * width * height:
+        whole = picture if picture.size == framing.resized else picture.resize(framing.resized, filter_)
+        return whole.crop((left, top, left + width, top + height))
+    across = _span(left, width, framing.resized.width, picture.width)
+    down = _span(top, height, framing.resized.height, picture.height)
+    # Pillow takes the box as 32-bit floats, which are exact enough for what lies near the box.
+    part = picture.crop((across.first, down.first, across.last, down.last))
+    box = (across.start, down.start, across.end, down.end)
+    return part.resize(framing.size, filter_, box)
+
+
+class _Span(NamedTuple):
+    """Pixels of the picture for a side of the view, ``first`` to ``last``, and its ends in them."""
+
+    first: int
+    last: int
+    start: float
+    end: float
+
+
+def _span(kept_from: int, kept: int, resized: int, pixels: int) -> _Span:
+    scale = pixels / resized
+    start, end = kept_from * scale, (kept_from + kept) * scale
+    margin = math.ceil(_SUPPORT * max(1.0, scale)) + 1
+    first = max(0, math.floor(start) - margin)
+    last = min(pixels, math.ceil(end) + margin)
+    return _Span(first, last, start - first, min(end - first, last - first))
 
 
 def scaled_pixels(pictures: Sequence[np.ndarray]) -> torch.Tensor:

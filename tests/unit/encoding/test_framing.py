@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import math
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +202,32 @@ def test_params_of_shapes_are_checked(tmp_path: Path):
         read_params(tmp_path / "params.yaml")
     assert "encode_images.resolution: expected a multiple of bucket_step 48" in str(error.value)
     assert "encode_images.bucket_sizes: expected pairs of [width, height]" in str(error.value)
+
+
+@pytest.mark.parametrize("filter_", ["lanczos", "bicubic", "bilinear", "box"])
+@pytest.mark.parametrize("size", [(900, 40), (40, 900), (1200, 150)])
+def test_of_a_long_picture_only_the_kept_box_is_resized(size: tuple[int, int], filter_: str) -> None:
+    """Within a level of the whole picture resized and cropped, as torchvision does it."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    chosen = changed(options(), interpolation=filter_, random_crops=3, resolution=64)
+    entry = ImageEntry("a", "0" * 64, *size)
+    (framed,), _ = frame_images([entry], [Size(64, 64)], chosen)
+    for view in framed.views:
+        assert math.prod(view.resized) > 4 * math.prod(view.size)
+        found = load_pixels(png(Image.fromarray(noise)), view, filter_, False).astype(int)
+        resized = Image.fromarray(noise).resize(view.resized, Image.Resampling[filter_.upper()])
+        whole = np.asarray(resized.crop((view.left, view.top, view.left + 64, view.top + 64))).astype(int)
+        assert np.abs(found - whole).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(30_000, 1), (1, 30_000), (1, 1), (2, 4001)])
+def test_memory_of_a_view_is_bounded_by_its_target(size: tuple[int, int]) -> None:
+    """Resized as a whole, the first would be of 15,360,000 x 512 pixels."""
+    entry = ImageEntry("a", "0" * 64, *size)
+    (framed,), _ = frame_images([entry], [Size(512, 512)], changed(options(), resolution=512))
+    picture = Image.new("RGB", size, (10, 20, 30))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pixels = load_pixels(png(picture), framed.views[0], "lanczos", False)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 50e6
+    assert pixels.shape == (512, 512, 3)
+    assert np.abs(pixels.astype(int) - [10, 20, 30]).max() <= 1

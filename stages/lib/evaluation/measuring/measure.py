@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from PIL import Image, ImageOps
 
 from stages.lib.data.image_shards import iter_images
 from stages.lib.data.pairs import TRAIN, VALIDATION, SampleCaptions
+from stages.lib.data.pictures.decoding import decoded
 from stages.lib.diffusion.held_out import HeldOutLosses
 from stages.lib.evaluation.measuring.clip_features import Clip, image_features, text_features
 from stages.lib.evaluation.measuring.inception_features import Inception, inception_features
@@ -74,5 +74,4 @@ def measure_data(
 
 def square(content: bytes, side: int) -> Image.Image:
     """The centre of an image file, ``side`` pixels a side."""
-    with Image.open(io.BytesIO(content)) as opened:
-        return ImageOps.fit(opened.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+    return ImageOps.fit(decoded(content), (side, side), Image.Resampling.LANCZOS)

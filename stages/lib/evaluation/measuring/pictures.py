@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from stages.lib.core.sums import hashes_below
 from stages.lib.core.tensors import read_checked
 from stages.lib.data.image_shards import read_images
 from stages.lib.data.pairs import TRAIN, VALIDATION, SampleCaptions
+from stages.lib.data.pictures.decoding import decoded
 from stages.lib.drawing.grids import GridRow, draw_grid, draw_message, stack
 from stages.lib.encoding.latents import Latents
 from stages.lib.evaluation.measuring.measurements import Reference
@@ -130,7 +130,7 @@ def draw_beside_base(
     """In ``tuned`` the grid of each setting, and the sweep over all of them."""
     example_of = training_examples(options, samples)
     found = read_images(images, sorted(set(example_of.values())))
-    examples = {prompt: open_image(found[sample_id]) for prompt, sample_id in example_of.items()}
+    examples = {prompt: decoded(found[sample_id]) for prompt, sample_id in example_of.items()}
     fresh_directory(tuned / "grids")
     for setting in settings(options):
         grid = side_by_side(options, setting, base, tuned, examples)
@@ -212,7 +212,7 @@ def nearest_pairs(
     rows = [
         GridRow(
             f"cosine {cosine:.3f}, {sample_id}: {made.caption}",
-            [Image.open(made.path), open_image(found[sample_id])],
+            [Image.open(made.path), decoded(found[sample_id])],
         )
         for made, sample_id, cosine in pairs
     ]
@@ -241,15 +241,10 @@ def contact_sheet(
         (mean.float() - latents.shift_factor) * latents.scaling_factor for mean in means
     ]  # (4, h, w) each
     rows = [
-        GridRow(sample.captions[0], [open_image(found[sample.sample_id]), reconstruction])
+        GridRow(sample.captions[0], [decoded(found[sample.sample_id]), reconstruction])
         for sample, reconstruction in zip(chosen, decode(renderer, scaled), strict=True)
     ]
     return _halves("Training pairs", ["image", "VAE reconstruction"], rows)
-
-
-def open_image(content: bytes) -> Image.Image:
-    """An encoded image, RGB."""
-    return Image.open(io.BytesIO(content)).convert("RGB")
 
 
 def _denoising(
