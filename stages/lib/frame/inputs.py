@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from stages.lib.frame.errors import StageError, some
+from stages.lib.frame.locks import LOCKS
 
 PIPELINE = Path("dvc.yaml")
 CODE = "stages"
+_PARAMETER = re.compile(r"\$\{([^}]+)\}")
 
 
 class Seen(NamedTuple):
@@ -36,14 +38,7 @@ def declared(stage: str) -> dict[str, list[Any]]:
     Raises:
         StageError: if the file is none of DVC's, or lacks the stage.
     """
-    try:
-        return dict(yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"][stage])
-    except FileNotFoundError:
-        return {}
-    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
-        raise StageError(
-            f"{PIPELINE}: expected an entry for stage {stage}, got {error!r}; take the file of the repository"
-        ) from error
+    return _pipeline(stage).get(stage, {})
 
 
 def inputs_of(entry: Mapping[str, list[Any]], params: object) -> list[Path]:
@@ -56,6 +51,43 @@ def inputs_of(entry: Mapping[str, list[Any]], params: object) -> list[Path]:
 def outputs_of(entry: Mapping[str, list[Any]]) -> list[Path]:
     """The outputs and metrics of a stage's entry."""
     return [Path(str(path)) for kind in ("outs", "metrics") for path in entry.get(kind, [])]
+
+
+def check_apart(stage: str, params: object, work: Path) -> None:
+    """Raise StageError if a path that params.yaml names for a stage lies where something is written.
+
+    DVC and the stages remove what lies there, so a user's folder may be neither inside of it nor around it.
+
+    Args:
+        stage: whose entry in dvc.yaml names the parameters.
+        params: of all sections.
+        work: the work directory.
+    """
+    pipeline = _pipeline(stage)
+    outputs = [output for entry in pipeline.values() for output in outputs_of(entry)]
+    # Of data/pairs/images all of data/pairs: what lies beside an output looks like one.
+    areas = {Path(*output.parts[:2]) for output in outputs}
+    areas |= {area.with_name(f"{area.name}.partial") for area in areas}
+    areas |= {work, Path(".dvc"), Path(".git"), LOCKS}
+    for dependency in map(str, pipeline.get(stage, {}).get("deps", [])):
+        found, path = _PARAMETER.search(dependency), _filled(dependency, params)
+        if found is None or path is None:
+            continue
+        for area in sorted(areas):
+            if relation := _relation(Path(path).resolve(), area.resolve()):
+                raise StageError(
+                    f"params.yaml: {found[1].strip()}: expected a path apart from what is "
+                    f"written here, got {path}, "
+                    f"which is {relation} {area}: what lies there is removed; move it, e.g. to data/mine"
+                )
+
+
+def _relation(path: Path, area: Path) -> str | None:
+    if path == area:
+        return "the same as"
+    if path.is_relative_to(area):
+        return "inside of"
+    return "around" if area.is_relative_to(path) else None
 
 
 def look_at(paths: list[Path]) -> dict[str, Seen]:
@@ -101,9 +133,22 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _pipeline(stage: str) -> dict[str, dict[str, list[Any]]]:
+    """The entries of dvc.yaml, that of ``stage`` among them; none where there is no such file."""
+    try:
+        stages = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"]
+        return {name: dict(entry) for name, entry in stages.items()} | {stage: dict(stages[stage])}
+    except FileNotFoundError:
+        return {}
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StageError(
+            f"{PIPELINE}: expected an entry for stage {stage}, got {error!r}; take the file of the repository"
+        ) from error
+
+
 def _filled(path: str, params: object) -> str | None:
     """A path with the parameter that it may name, ``${section.key}``; None where that names no path."""
-    found = re.search(r"\$\{([^}]+)\}", path)
+    found = _PARAMETER.search(path)
     if found is None:
         return path
     section, key = found[1].strip().split(".")

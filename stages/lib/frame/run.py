@@ -16,7 +16,7 @@ from pathlib import Path
 from stages.lib.frame.ends import interruptible
 from stages.lib.frame.errors import StageError, printable
 from stages.lib.frame.full_disk import describe_full_disk
-from stages.lib.frame.inputs import break_links, check_unmoved, inputs_of, look_at, outputs_of
+from stages.lib.frame.inputs import break_links, check_apart, check_unmoved, inputs_of, look_at, outputs_of
 from stages.lib.frame.inputs import declared as declared_in_dvc
 from stages.lib.frame.launch import describe_lost_process, launch, launch_command, process_index
 from stages.lib.frame.locks import LOCKS, exclusive
@@ -143,6 +143,8 @@ def _run_main(name: str, declared: tuple[str, ...], main: Callable[[Params], Non
         code = _hashed_code()
         is_first = process_index() == 0
         entry = declared_in_dvc(name) if is_first else {}
+        if is_first:
+            check_apart(name, params, work_root())
         inputs = inputs_of(entry, params)
         seen = look_at(inputs)
         break_links(outputs_of(entry))

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from stages.lib.core.files import write_json
-from stages.lib.frame.inputs import break_links, declared, inputs_of, look_at, outputs_of
+from stages.lib.frame.errors import StageError
+from stages.lib.frame.inputs import break_links, check_apart, declared, inputs_of, look_at, outputs_of
 from stages.lib.frame.params import read_params
 from stages.lib.frame.run import run_stage
 from tests.conftest import REPOSITORY
@@ -117,3 +118,66 @@ def test_a_file_that_is_written_again_is_another_file(tmp_path):
     write_json(tmp_path / "metrics.json", {"a": 2})
     assert '"a": 1' in (tmp_path / "cached").read_text()
     break_links([tmp_path / "absent"])
+
+
+@pytest.mark.parametrize(
+    ("placed", "relation"),
+    [
+        ("data/pairs", "the same as data/pairs"),
+        ("data/pairs/mine", "inside of data/pairs"),
+        ("data/pairs/images/sub", "inside of data/pairs"),
+        ("data/../data/pairs/mine/", "inside of data/pairs"),
+        ("linked", "inside of data/latents.zarr"),
+        ("data", "around data"),
+        (".", "around"),
+        ("..", "around"),
+        ("data/base.partial/x", r"inside of data/base\.partial"),
+        ("data/pairs/set.zip", "inside of data/pairs"),
+        ("data/evaluation", "the same as data/evaluation"),
+        (".work/train", r"inside of .*\.work"),
+        (".dvc/cache", r"inside of \.dvc"),
+        ("data/.locks", r"the same as data/\.locks"),
+    ],
+)
+def test_a_source_where_something_is_written_is_refused_before_anything_is_removed(
+    checkout: Path, placed: str, relation: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("data/latents.zarr/mine").mkdir(parents=True)
+    Path("linked").symlink_to("data/latents.zarr/mine")
+    if placed.endswith(".zip"):
+        Path(placed).parent.mkdir(parents=True)
+        Path(placed).write_bytes(b"PK")
+    else:
+        Path(placed).mkdir(parents=True, exist_ok=True)
+        Path(placed, "a.png").write_bytes(b"the user's")
+    document = yaml.safe_load(Path("params.yaml").read_text())
+    document["prepare"]["source"] = placed
+    Path("params.yaml").write_text(yaml.safe_dump(document))
+
+    def never(params: object) -> None:
+        raise AssertionError("the stage must not begin")
+
+    before = {
+        path: path.read_bytes() for path in Path().rglob("*") if path.is_file() and ".locks" not in str(path)
+    }
+    with pytest.raises(SystemExit, match=rf"prepare\.source: expected a path apart.*{relation}.*move it"):
+        run_stage("prepare", ("prepare",), never)
+    after = {path: path.read_bytes() for path in before}
+    assert after == before
+
+
+def test_what_lies_beside_the_outputs_is_fine(checkout: Path) -> None:
+    for placed in ("data/mine", "data/openmoji", "data/pairs2", "mine", "/tmp"):
+        document = yaml.safe_load(Path("params.yaml").read_text())
+        document["prepare"]["source"] = placed
+        Path("params.yaml").write_text(yaml.safe_dump(document))
+        if placed != "/tmp" or not str(checkout).startswith("/tmp"):
+            check_apart("prepare", read_params(), checkout / ".work")
+
+
+def test_a_base_is_no_output_either(checkout: Path) -> None:
+    document = yaml.safe_load(Path("params.yaml").read_text())
+    document["fetch_base"]["vae_directory"] = "data/base/vae"
+    Path("params.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(StageError, match=r"fetch_base\.vae_directory.*inside of data/base"):
+        check_apart("fetch_base", read_params(), checkout / ".work")
