@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -140,26 +141,31 @@ def store_images(
             results = map_in_order(
                 check, source.images(sample_ids), num_workers, _AHEAD * num_workers, len(rows) > _IN_THREADS
             )
-            for sample_id, result in zip(sample_ids, results, strict=True):
+            for sample_id, (content, result) in zip(sample_ids, results, strict=True):
                 progress.update()
                 if isinstance(result, str):
                     broken.append(RejectedRow(sample_id, result))
                     yield None
-                else:
-                    num_converted += result.is_converted
-                    yield result.image
+                    continue
+                num_converted += result.is_converted
+                image = result.image
+                yield image._replace(data=content) if isinstance(content, bytes) and not image.data else image
 
         return write_images(PAIR_IMAGES, [row.sample_id for row in rows], load), broken, num_converted
 
 
 def checked(max_pixels: int, content: bytes | OSError) -> CheckedImage | str:
-    """An image as it is stored, or the reason why it cannot be."""
+    """An image as it is stored, without its bytes where they are ``content``, or why it cannot be."""
     if isinstance(content, OSError):
         return f"cannot be read: {content.strerror}"
     try:
-        return stored_image(content, max_pixels)
+        found = stored_image(content, max_pixels)
     except UnusableImageError as error:
         return str(error)
+    image = found.image._replace(image_sha256=hashlib.sha256(found.image.data).hexdigest())
+    if image.data is content:  # which need not travel back from a worker process
+        image = image._replace(data=b"")
+    return found._replace(image=image)
 
 
 def samples_of(

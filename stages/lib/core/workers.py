@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 from collections import deque
@@ -36,8 +37,8 @@ def count_cores() -> int:
 
 def map_in_order(
     function: Callable[[T], R], things: Iterable[T], num_workers: int, ahead: int, in_processes: bool
-) -> Iterator[R]:
-    """``function`` of each thing, in their order; ``things`` is read ``ahead`` of what is taken.
+) -> Iterator[tuple[T, R]]:
+    """Each thing and ``function`` of it, in their order; ``things`` is read ``ahead`` of what is taken.
 
     Args:
         function: of a module's top level where processes are asked for, as things and results are pickled.
@@ -56,15 +57,17 @@ def map_in_order(
             )
     else:
         pool = ThreadPoolExecutor(num_workers)
-    running: deque[Future[R]] = deque()
+    running: deque[tuple[T, Future[R]]] = deque()
     try:
-        for thing in things:
-            with starting_workers():  # the first ones start the workers
-                running.append(pool.submit(function, thing))
+        for number, thing in enumerate(things):
+            with starting_workers() if number < num_workers else contextlib.nullcontext():  # these start them
+                running.append((thing, pool.submit(function, thing)))
             if len(running) >= ahead:
-                yield running.popleft().result()
+                done, future = running.popleft()
+                yield done, future.result()
         while running:
-            yield running.popleft().result()
+            done, future = running.popleft()
+            yield done, future.result()
     except BrokenProcessPool as error:
         raise StageError(
             f"a worker process was killed, probably for memory; {num_workers} ran at once: lower SD_WORKERS, "

@@ -52,11 +52,12 @@ IMAGE_SCHEMA = pa.schema(
 
 
 class StoredImage(NamedTuple):
-    """An encoded RGB image and its size in pixels."""
+    """An encoded image, the size of its upright picture in pixels, and the hash of its bytes if known."""
 
     data: bytes
     width: int
     height: int
+    image_sha256: str | None = None
 
 
 class ImageEntry(NamedTuple):
@@ -195,7 +196,7 @@ class _Shard:
         )
 
     def add(self, sample_id: str, image: StoredImage) -> None:
-        digest = hashlib.sha256(image.data).hexdigest()
+        digest = image.image_sha256 or hashlib.sha256(image.data).hexdigest()
         entry = ImageEntry(sample_id, digest, image.width, image.height)
         self.written.append(entry)
         self._rows.append({**entry._asdict(), "image": {"bytes": image.data, "path": sample_id}})

@@ -28,19 +28,25 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, boo
     Returns:
         RGB or L.
     """
-    if profile:
-        for mode in (image.mode, *(["RGB"] if image.mode == "L" else [])):  # of grey pixels too: R = G = B
-            if (transform := _transform(profile, mode)) is not None:
-                return transform(image if image.mode == mode else image.convert(mode)), transform.changes
+    if (transform := _transform_for(image.mode, profile)) is not None:
+        pixels = image if image.mode == transform.mode else image.convert(transform.mode)
+        return transform(pixels), transform.changes
     if image.mode == "LAB":
         return _applied(_built(_LAB, "LAB"), image), True
     return (image if image.mode in ("RGB", "L") else image.convert("RGB")), False
+
+
+def changes(mode: str, profile: bytes | None) -> bool:
+    """Whether `to_srgb` changes the colours of an image of this mode."""
+    transform = _transform_for(mode, profile)
+    return transform is not None and transform.changes
 
 
 class _Transform:
     """A conversion, and whether it changes anything."""
 
     def __init__(self, profile: ImageCms.ImageCmsProfile, mode: str) -> None:
+        self.mode = mode
         self._transform = _built(profile, mode)
         # Of grey all 256 colours are looked up; what is optimised for more is coarse in dark grey.
         levels = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
@@ -66,6 +72,13 @@ class _Transform:
             lattice = np.array(values, np.uint8).reshape(1, len(values), 3)
             before, after = lattice.astype(int), _applied(self._transform, Image.fromarray(lattice))
         return bool(np.abs(np.asarray(after).astype(int) - before).max() > _ALIKE)
+
+
+def _transform_for(mode: str, profile: bytes | None) -> _Transform | None:
+    if not profile:
+        return None
+    found = _transform(profile, mode)
+    return _transform(profile, "RGB") if found is None and mode == "L" else found  # of grey: R = G = B
 
 
 @functools.lru_cache(maxsize=64)

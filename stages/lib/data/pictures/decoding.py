@@ -13,9 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, PngImagePlugin, UnidentifiedImageError
 
-from stages.lib.data.pictures import png_chunks
+from stages.lib.data.pictures import colour_spaces, png_chunks
 from stages.lib.data.pictures.colour import to_srgb
-from stages.lib.data.pictures.colour_spaces import of_code_points, profile_of
 from stages.lib.data.pictures.formats import FORMATS, UnusableImageError
 from stages.lib.data.pictures.tiff_tags import Samples, check_tiff
 
@@ -89,7 +88,7 @@ def picture_of(
         if draft is not None and image.format in ("JPEG", "MPO"):
             image.draft(image.mode, draft[::-1] if orientation(image) in _ON_ITS_SIDE else draft)
         samples = check_tiff(image, data) if image.format == "TIFF" else _16_BITS
-        profile = image.info.get("icc_profile")
+        profile = profile_of(image)
         if image.format in ("AVIF", "HEIF") and not profile:
             profile = _profile_of_box(data)
         image.load()
@@ -97,12 +96,17 @@ def picture_of(
             png_chunks.check_pixels(data)
             if profile is None or png_chunks.has_cicp(data):
                 space = png_chunks.colour_space(data)
-                profile = profile_of(space) if space else None
+                profile = colour_spaces.profile_of(space) if space else None
         turned = _TURNED.get(orientation(image))
         colours, alpha = _colours_and_alpha(image, data, samples)
         picture, is_converted = to_srgb(colours, profile)
         picture = _over_white(picture, alpha)
         return (picture if turned is None else picture.transpose(turned)), is_converted
+
+
+def profile_of(image: Image.Image) -> bytes | None:
+    """The colour profile that an image file carries."""
+    return image.info.get("icc_profile")
 
 
 def orientation(image: Image.Image) -> int:
@@ -217,8 +221,8 @@ def _profile_of_box(data: bytes) -> bytes | None:
     if at < 0:
         return None
     primaries, transfer = (int.from_bytes(data[start : start + 2]) for start in (at + 8, at + 10))
-    space = of_code_points(primaries, 13 if transfer in (1, 6, 14, 15) else transfer)
-    return profile_of(space) if space else None
+    space = colour_spaces.of_code_points(primaries, 13 if transfer in (1, 6, 14, 15) else transfer)
+    return colour_spaces.profile_of(space) if space else None
 
 
 def _is_heif(data: bytes) -> bool:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from stages.lib.data.image_shards import StoredImage
-from stages.lib.data.pictures.decoding import opened, picture_of, upright_size
+from stages.lib.data.pictures.colour import changes
+from stages.lib.data.pictures.decoding import opened, picture_of, profile_of, upright_size
 from stages.lib.data.pictures.formats import UnusableImageError
 from stages.lib.data.pictures.jpeg_scan import check_scan
 
@@ -45,8 +46,8 @@ def stored_image(data: bytes, max_pixels: int) -> CheckedImage:
                 "or reduce the image"
             )
         is_kept = image.format in _COMPACT and (image.format == "MPO" or getattr(image, "n_frames", 1) == 1)
-        if image.format in ("JPEG", "MPO") and (problem := check_scan(data)) is not None:
-            raise UnusableImageError(f"broken image: {problem}")
+        if image.format in ("JPEG", "MPO") and check_scan(data):
+            return CheckedImage(StoredImage(data, width, height), changes(image.mode, profile_of(image)))
         picture, is_converted = picture_of(image, data)
     return CheckedImage(StoredImage(data, *picture.size) if is_kept else png(picture), is_converted)
 

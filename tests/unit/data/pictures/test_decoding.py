@@ -46,7 +46,7 @@ def pixels(data: bytes) -> np.ndarray:
 )
 def test_plain_files_keep_their_bytes(file_format: str, options: dict[str, int]) -> None:
     data = encoded(Image.fromarray(GRADIENT), file_format, **options)
-    assert stored_image(data) == (data, 8, 6)
+    assert stored_image(data) == StoredImage(data, 8, 6)
 
 
 def test_other_formats_become_png() -> None:
@@ -91,7 +91,7 @@ def test_heic_keeps_its_bytes() -> None:
     pytest.importorskip("pillow_heif").register_heif_opener()
     smooth = Image.fromarray(GRADIENT).resize((64, 48), Image.Resampling.BICUBIC)
     data = encoded(smooth, "HEIF", quality=95)
-    assert stored_image(data) == (data, 64, 48)
+    assert stored_image(data) == StoredImage(data, 64, 48)
     np.testing.assert_allclose(pixels(data), np.asarray(smooth), atol=12)
 
 
