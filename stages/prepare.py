@@ -14,6 +14,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from stages.lib.core.files import fresh_directory, write_json, write_json_lines
 from stages.lib.core.paths import PAIR_CAPTIONS, PAIR_IMAGES, PAIRS, PREPARE_METRICS, REJECTED_PAIRS
@@ -21,11 +22,12 @@ from stages.lib.core.sums import write_sum
 from stages.lib.core.workers import count_cores, map_in_order
 from stages.lib.data.caption_text import tag_variants
 from stages.lib.data.image_shards import ImageEntry, StoredImage, fingerprint_of_images, write_images
+from stages.lib.data.near_duplicates import difference_hash, groups_alike
 from stages.lib.data.pairs import TRAIN, VALIDATION, SampleCaptions, split_of, write_captions
 from stages.lib.data.pictures.formats import UnusableImageError
-from stages.lib.data.pictures.storing import CheckedImage, stored_image
+from stages.lib.data.pictures.storing import stored_image
 from stages.lib.data.sources.listing import PairSource, RejectedRow, SourceRow
-from stages.lib.data.sources.opening import Reading, open_source, open_sources
+from stages.lib.data.sources.opening import Reading, open_hub_source, open_source, open_sources
 from stages.lib.data.sources.splits import TEST
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.inputs import declared, inputs_of
@@ -45,11 +47,12 @@ def main(params: Params) -> None:
         rows, num_test = without_test(rows)
         clear_outputs()
         report_rejected(rejected, len(rows), prepare)
-        stored, broken, num_converted = store_images(rows, source, prepare)
+        stored, broken, hashes, num_converted = store_images(rows, source, prepare)
     rejected = sorted(rejected + broken)
     report_rejected(rejected, len(stored), prepare)
 
-    samples = list(samples_of(stored, {row.sample_id: row for row in rows}, prepare))
+    alike = images_alike(stored, hashes, prepare.near_duplicate_bits)
+    samples = list(samples_of(stored, alike, {row.sample_id: row for row in rows}, prepare))
     num_train = sum(sample.split == TRAIN for sample in samples)
     check_splits(num_train, len(samples), prepare)
     write_captions(PAIR_CAPTIONS, samples, fingerprint_of_images(stored))
@@ -60,6 +63,7 @@ def main(params: Params) -> None:
         "num_test_samples_left_out": num_test,
         "num_captions": sum(len(sample.captions) for sample in samples),
         "num_duplicate_images": len(stored) - len({image.image_sha256 for image in stored}),
+        "num_near_duplicate_images": len(set(alike)) - len(set(alike.values())),
         "num_converted_to_srgb": num_converted,
         "num_rejected": len(rejected),
         "num_unlisted_files": source.num_unlisted_files,
@@ -72,6 +76,9 @@ def source_of(params: Params) -> contextlib.AbstractContextManager[PairSource]:
     """What the parameters name, opened."""
     prepare = params.prepare
     usual = Reading(prepare.caption_column, prepare.render_resolution)
+    if prepare.hub_id is not None:
+        hub = open_hub_source(prepare.hub_id, str(prepare.revision), prepare.subset, usual)
+        return contextlib.nullcontext(hub)
     if prepare.sources is None:
         return open_source(Path(str(prepare.source)), usual)
     check_declared([source.path for source in prepare.sources], params)
@@ -86,6 +93,11 @@ def source_of(params: Params) -> contextlib.AbstractContextManager[PairSource]:
             for source in prepare.sources
         }
     )
+
+
+def name_of(prepare: Prepare) -> str:
+    """What messages call the source."""
+    return str(prepare.source) if prepare.hub_id is None else f"{prepare.hub_id}@{prepare.revision}"
 
 
 def check_declared(paths: Sequence[str], params: Params) -> None:
@@ -110,13 +122,16 @@ def first_rows(source: PairSource, max_samples: int | None) -> tuple[list[Source
 
 
 def without_test(rows: list[SourceRow]) -> tuple[list[SourceRow], int]:
-    """Rows without the test split of a source that has one, and how many that are.
+    """Rows without the test split of a source that has one, and how many are left out.
 
-    A source without a validation split is validated on its test split instead.
+    A source without a validation split is validated on its test split instead. Splits of other names are
+    left out.
     """
-    if not any(row.split == VALIDATION for row in rows):
-        return rows, 0
-    kept = [row for row in rows if row.split != TEST]
+    found = {row.split for row in rows}
+    used = {None, TRAIN, VALIDATION if VALIDATION in found else TEST}
+    if others := sorted(str(split) for split in found - used - {TEST}):
+        logger.warning("splits that are neither trained nor validated on: %s", ", ".join(others))
+    kept = [row for row in rows if row.split in used]
     return kept, len(rows) - len(kept)
 
 
@@ -129,11 +144,17 @@ def clear_outputs() -> None:
 
 def store_images(
     rows: Sequence[SourceRow], source: PairSource, prepare: Prepare
-) -> tuple[list[ImageEntry], list[RejectedRow], int]:
-    """Decode and store images, on all cores: what is stored, what is broken, how many become sRGB."""
+) -> tuple[list[ImageEntry], list[RejectedRow], dict[str, int], int]:
+    """Check and store images on all cores.
+
+    Returns:
+        What is stored, what is broken, the difference hashes by image_sha256 where near duplicates are asked
+        for, and how many images are converted to sRGB.
+    """
     broken: list[RejectedRow] = []
+    hashes: dict[str, int] = {}
     num_workers, num_converted = count_cores(), 0
-    check = functools.partial(checked, prepare.max_image_pixels)
+    check = functools.partial(checked, prepare.max_image_pixels, prepare.near_duplicate_bits is not None)
     with progress_bar("images", "images", len(rows)) as progress:
 
         def load(sample_ids: list[str]) -> Iterator[StoredImage | None]:
@@ -147,34 +168,54 @@ def store_images(
                     broken.append(RejectedRow(sample_id, result))
                     yield None
                     continue
-                num_converted += result.is_converted
-                image = result.image
+                image, is_converted, difference = result
+                num_converted += is_converted
+                if difference is not None:
+                    hashes[str(image.image_sha256)] = difference
                 yield image._replace(data=content) if isinstance(content, bytes) and not image.data else image
 
-        return write_images(PAIR_IMAGES, [row.sample_id for row in rows], load), broken, num_converted
+        stored = write_images(PAIR_IMAGES, [row.sample_id for row in rows], load)
+    return stored, broken, hashes, num_converted
 
 
-def checked(max_pixels: int, content: bytes | OSError) -> CheckedImage | str:
-    """An image as it is stored, without its bytes where they are ``content``, or why it cannot be."""
+class Checked(NamedTuple):
+    """An image as it is stored, whether it is converted to sRGB, and its difference hash if asked for."""
+
+    image: StoredImage
+    is_converted: bool
+    difference: int | None
+
+
+def checked(max_pixels: int, with_difference: bool, content: bytes | OSError) -> Checked | str:
+    """An image without its bytes where they are ``content``, or why it cannot be stored."""
     if isinstance(content, OSError):
         return f"cannot be read: {content.strerror}"
     try:
-        found = stored_image(content, max_pixels)
+        image, is_converted = stored_image(content, max_pixels)
     except UnusableImageError as error:
         return str(error)
-    image = found.image._replace(image_sha256=hashlib.sha256(found.image.data).hexdigest())
-    if image.data is content:  # which need not travel back from a worker process
-        image = image._replace(data=b"")
-    return found._replace(image=image)
+    difference = difference_hash(image.data) if with_difference else None
+    digest = hashlib.sha256(image.data).hexdigest()
+    data = b"" if image.data is content else image.data  # which need not travel back from a worker process
+    return Checked(image._replace(data=data, image_sha256=digest), is_converted, difference)
+
+
+def images_alike(stored: Sequence[ImageEntry], hashes: dict[str, int], bits: int | None) -> dict[str, str]:
+    """image_sha256 -> the smallest one of the images that look like it, of itself where none does."""
+    digests = sorted({image.image_sha256 for image in stored})
+    if bits is None:
+        return dict(zip(digests, digests, strict=True))
+    first = groups_alike([hashes[digest] for digest in digests], bits)
+    return {digest: digests[position] for digest, position in zip(digests, first, strict=True)}
 
 
 def samples_of(
-    stored: Sequence[ImageEntry], row_of: dict[str, SourceRow], prepare: Prepare
+    stored: Sequence[ImageEntry], alike: dict[str, str], row_of: dict[str, SourceRow], prepare: Prepare
 ) -> Iterator[SampleCaptions]:
     """The captions and the split of each image; training captions as variants, where these are asked for."""
     for image in stored:
         row = row_of[image.sample_id]
-        split = split_of(image.image_sha256, prepare.split_seed, prepare.validation_fraction)
+        split = split_of(alike[image.image_sha256], prepare.split_seed, prepare.validation_fraction)
         if row.split is not None:
             split = TRAIN if row.split == TRAIN else VALIDATION
         captions = row.captions
@@ -195,7 +236,7 @@ def report_rejected(rejected: list[RejectedRow], num_usable: int, prepare: Prepa
     first = [f"\n  {row.name}: {row.reason}" for row in rejected[:5]]
     more = f"\n  and {len(rejected) - 5} more" if len(rejected) > 5 else ""
     raise StageError(
-        f"{prepare.source}: {len(rejected)} of {num_rows} rows cannot be used ({fraction:.1%}), expected "
+        f"{name_of(prepare)}: {len(rejected)} of {num_rows} rows cannot be used ({fraction:.1%}), expected "
         f"one usable row or more and at most {prepare.max_rejected_fraction:.1%} rejected"
         f"{''.join(first)}{more}\n"
         f"{REJECTED_PAIRS} lists all until the stage runs again; mend them or raise "
@@ -207,14 +248,14 @@ def check_splits(num_train: int, num_samples: int, prepare: Prepare) -> None:
     """Fail without training samples; warn without validation samples that were asked for."""
     if not num_train:
         raise StageError(
-            f"{prepare.source}: all {num_samples} samples fall to validation, expected some to train on; "
+            f"{name_of(prepare)}: all {num_samples} samples fall to validation, expected some to train on; "
             "add samples, or change prepare.validation_fraction or prepare.split_seed"
         )
     if num_train == num_samples and prepare.validation_fraction > 0:
         logger.warning(
             "%s: none of %d samples falls to %s with prepare.validation_fraction %g, so no "
             "validation loss can be measured; add samples, or raise it, or change prepare.split_seed",
-            prepare.source,
+            name_of(prepare),
             num_samples,
             VALIDATION,
             prepare.validation_fraction,

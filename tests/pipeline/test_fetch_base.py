@@ -9,25 +9,20 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import httpx2
-import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
 from diffusers import DDPMScheduler
-from huggingface_hub.errors import (
-    GatedRepoError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, file_download
 
 from stages import fetch_base
+from stages.lib.core import hub_downloads
 from stages.lib.core.sums import SUMS
 from stages.lib.evaluation.measuring.clip_features import load_clip
 from stages.lib.frame.errors import StageError
@@ -38,8 +33,8 @@ from stages.lib.models.weights import component_fingerprint
 from tests.checkpoints import edit_json, reshard, sd15_like, sd21_like, tiny_pipeline
 from tests.clips import bundled_clip
 from tests.conftest import REPOSITORY, changed
+from tests.hub import COMMIT, Hub, serving
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BASE = Path("data/base")
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -480,25 +475,13 @@ def test_a_clip_of_another_directory(source: Path, clip: Path, folder: str) -> N
     assert content(BASE / "clip") == content(clip)
 
 
-def test_a_clip_from_the_hub_is_fetched_at_its_commit(
-    source: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    class Hub:
-        def list_repo_files(self, hub_id: str, revision: str) -> list[str]:
-            return [*(path.name for path in clip.iterdir()), "pytorch_model.bin", "README.md"]
-
-    def snapshot_download(hub_id: str, revision: str, allow_patterns: list[str]) -> str:
-        asked.append((hub_id, revision, allow_patterns))
-        return str(clip)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+def test_a_clip_from_the_hub_is_fetched_at_its_commit(source: Path, clip: Path, hub: Hub) -> None:
+    files = {file.name: file.read_bytes() for file in clip.iterdir()}
+    hub.add("models/some/clip", files | {"pytorch_model.bin": b"pickle", "README.md": b"later"}, branch="old")
+    hub.add("models/some/clip", {"config.json": b"{}"}, commit="f" * 40)
     fetch(source, clip_source="hub", clip_hub_id="some/clip", clip_revision=COMMIT)
     assert content(BASE / "clip") == content(clip)
-    assert {request[:2] for request in asked} == {("some/clip", COMMIT)}
-    assert {name for request in asked for name in request[2]} == {file.name for file in clip.iterdir()}
+    assert hub.downloaded() == set(files)
 
 
 @pytest.mark.parametrize(
@@ -565,11 +548,6 @@ def test_a_vae_that_does_not_fit_is_refused(source: Path, tmp_path: Path) -> Non
 # --- the Hub
 
 
-def request_error(kind: Any, message: str) -> Exception:
-    response = httpx2.Response(404, request=httpx2.Request("GET", "https://hub.invalid"))
-    return kind(message, response=response)
-
-
 def fill_cache(cache: Path, hub_id: str, origin: Path, patterns: list[str]) -> Path:
     """Lay ``origin`` out as the Hub cache does: blobs, and a snapshot of links to them."""
     repository = cache / f"models--{hub_id.replace('/', '--')}"
@@ -589,8 +567,8 @@ def fill_cache(cache: Path, hub_id: str, origin: Path, patterns: list[str]) -> P
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
 
 
@@ -598,8 +576,10 @@ def fetch_from_hub(**changes: Any) -> None:
     fetch_base.main(params_with(source="hub", hub_id="owner/model", revision=COMMIT, **changes))
 
 
-def hub_answers(monkeypatch: pytest.MonkeyPatch, answer: Callable[[], list[str]]) -> None:
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda api, hub_id, *, revision: answer())
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with serving(tmp_path / "hub", monkeypatch) as served:
+        yield served
 
 
 def test_the_hub_cache_alone_is_enough(source: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -612,9 +592,8 @@ def test_the_hub_cache_alone_is_enough(source: Path, cache: Path, caplog: pytest
     assert content(BASE) == cached
 
 
-def test_online_only_what_is_needed_is_downloaded(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_online_only_what_is_needed_is_downloaded_and_once(source: Path, hub: Hub) -> None:
+    wanted = {name: (source / name).read_bytes() for name in content(source)}
     unwanted = {
         "v1-5-pruned.ckpt",
         "README.md",
@@ -623,64 +602,67 @@ def test_online_only_what_is_needed_is_downloaded(
         "unet/diffusion_pytorch_model.fp16.safetensors",
         "unet/diffusion_pytorch_model.non_ema.safetensors",
     }
-    remote = [*content(source), *unwanted]
-    asked: list[set[str]] = []
-
-    def download(hub_id: str, *, revision: str, allow_patterns: list[str]) -> str:
-        assert (hub_id, revision) == ("owner/model", COMMIT)
-        asked.append(set(allow_patterns))
-        return str(fill_cache(cache, hub_id, source, allow_patterns))
-
-    hub_answers(monkeypatch, lambda: remote)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    hub.add("models/owner/model", wanted | dict.fromkeys(unwanted, b"not this"))
     fetch_from_hub()
-    assert set.union(*asked) == set(content(source))
+    assert hub.downloaded() == set(wanted)
+    from_hub = content(BASE)
+    hub.asked.clear()
+    fetch_from_hub()
+    assert content(BASE) == from_hub and hub.asked == []
+    fetch(source)
+    assert content(BASE) == from_hub
+
+
+def test_a_base_that_cannot_be_used_fails_on_its_configs_before_weights_come(source: Path, hub: Hub) -> None:
+    edit_json(source / "unet/config.json", in_channels=9)
+    hub.add("models/owner/model", source)
+    with pytest.raises(StageError, match="inpainting"):
+        fetch_from_hub()
+    assert "unet/config.json" in hub.downloaded()
+    assert not any(path.endswith(".safetensors") for path in hub.downloaded())
+
+
+def test_an_interrupted_download_continues(source: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr(file_download, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(hub_downloads, "CONTINUED_BYTES", 1000)
+    hub.add("models/owner/model", source)
+    hub.cut_after[UNET_WEIGHTS] = 3000
+    hub.only_once.add(UNET_WEIGHTS)
+    with pytest.raises(StageError, match=r"(?s)download stopped: .*again, it continues"):
+        fetch_from_hub()
+    asked = [each.first_byte for each in hub.asked if each[:2] == ("GET", UNET_WEIGHTS)]
+    assert set(asked) == {0, 3000}
+    hub.cut_after.clear()
+    hub.only_once.clear()
+    hub.asked.clear()
+    fetch_from_hub()
+    assert [each.first_byte for each in hub.asked if each[:2] == ("GET", UNET_WEIGHTS)] == [3000]
     from_hub = content(BASE)
     fetch(source)
     assert content(BASE) == from_hub
 
-    # A base that cannot be used fails on its configs, before weights are downloaded.
-    asked.clear()
-    edit_json(source / "unet/config.json", in_channels=9)
-    with pytest.raises(StageError, match="inpainting"):
-        fetch_from_hub()
-    assert asked and not any(path.endswith(".safetensors") for paths in asked for path in paths)
-
-
-def test_an_interrupted_download_says_that_it_continues(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def download(*args: Any, **kwargs: Any) -> str:
-        raise httpx2.ReadTimeout("timed out")
-
-    hub_answers(monkeypatch, lambda: [*content(source)])
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(StageError, match=r"download stopped: timed out; .*continues"):
-        fetch_from_hub()
-
 
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    ("refusal", "expected"),
     [
-        (request_error(RevisionNotFoundError, "404"), "no such revision"),
-        (request_error(GatedRepoError, "403"), "hf auth login"),
-        (request_error(RepositoryNotFoundError, "401"), "does not exist or is private"),
-        (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set"),
-        (httpx2.ConnectError("name resolution failed"), "cannot be reached (name resolution failed)"),
+        ((404, "RevisionNotFound"), "no such revision"),
+        ((403, "GatedRepo"), "hf auth login"),
+        ((401, "RepoNotFound"), "does not exist or is private"),
+        (None, "HF_HUB_OFFLINE is set"),
+        ((0, "closed"), "the Hub cannot be reached ("),
     ],
 )
 def test_a_hub_that_refuses(
     source: Path,
-    cache: Path,
+    hub: Hub,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    error: Exception,
+    refusal: tuple[int, str] | None,
     expected: str,
 ) -> None:
-    def refuse() -> list[str]:
-        raise error
-
-    hub_answers(monkeypatch, refuse)
+    hub.refusal = refusal
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", refusal is None)
     with pytest.raises(StageError) as caught:
         fetch_from_hub()
     message = str(caught.value)
@@ -688,18 +670,19 @@ def test_a_hub_that_refuses(
     assert not BASE.exists()
 
     # From then on the Hub, with its retries and time-outs, is left alone.
-    fill_cache(cache, "owner/model", source, ["*"])
-    asked: list[bool] = []
-    lookup = huggingface_hub.snapshot_download
-
-    def download(*args: Any, local_files_only: bool = False, **kwargs: Any) -> Any:
-        asked.append(not local_files_only)
-        return lookup(*args, local_files_only=local_files_only, **kwargs)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    fill_cache(hub.cache, "owner/model", source, ["*"])
+    hub.asked.clear()
     fetch_from_hub()
     assert (BASE / UNET_WEIGHTS).exists() and "using the Hub cache" in caplog.text
-    assert asked == [False]
+    assert len(hub.asked) == (refusal is not None)
+
+
+@pytest.mark.parametrize("key", ["", "vae_", "clip_"])
+def test_a_branch_is_answered_with_its_commit(source: Path, hub: Hub, key: str) -> None:
+    hub.add("models/owner/model", source)
+    origin = {f"{key}source": "hub", f"{key}hub_id": "owner/model", f"{key}revision": "main"}
+    with pytest.raises(StageError, match=rf"owner/model: revision main points to {COMMIT} at this"):
+        fetch_base.main(params_with(**{"source": "directory", "directory": str(source)} | origin))
 
 
 def test_a_cache_that_holds_a_part_says_so(source: Path, cache: Path) -> None:
@@ -710,22 +693,13 @@ def test_a_cache_that_holds_a_part_says_so(source: Path, cache: Path) -> None:
         fetch_from_hub()
 
 
-def test_pickled_weights_on_the_hub_are_refused_before_any_download(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    remote = [name.replace("model.safetensors", "model.bin") for name in content(source)]
-    hub_answers(monkeypatch, lambda: remote)
-    snapshot = fill_cache(cache, "owner/model", source, ["model_index.json"])
-    downloads: list[list[str]] = []
-
-    def download(hub_id: str, *, revision: str, allow_patterns: list[str]) -> str:
-        downloads.append(allow_patterns)
-        return str(snapshot)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+def test_pickled_weights_on_the_hub_are_refused_before_any_download(source: Path, hub: Hub) -> None:
+    names = {name: name.replace("model.safetensors", "model.bin") for name in content(source)}
+    remote = {renamed: (source / name).read_bytes() for name, renamed in names.items()}
+    hub.add("models/owner/model", remote)
     with pytest.raises(StageError, match=r"got only unet/diffusion_pytorch_model\.bin"):
         fetch_from_hub()
-    assert downloads == [["model_index.json"]]
+    assert hub.downloaded() == {"model_index.json"}
 
 
 def test_a_vae_from_the_hub(source: Path, cache: Path, tmp_path: Path) -> None:

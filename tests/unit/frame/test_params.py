@@ -106,8 +106,8 @@ def test_missing_keys_and_sections(tmp_path):
         ({"train__lr_warmup_steps": 5000}, "at most max_train_steps 512"),
         ({"fetch_base__source": "hub"}, "fetch_base.hub_id"),
         (
-            {"fetch_base__source": "hub", "fetch_base__hub_id": "a/b", "fetch_base__revision": "main"},
-            "a full commit of 40 hexadecimal digits",
+            {"fetch_base__source": "hub", "fetch_base__hub_id": "a/b"},
+            "fetch_base.revision: expected a commit of 40 hexadecimal digits",
         ),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_path_may_be_nothing_where_it_is_not_used(tmp_path, nothing):
     read_params(write(tmp_path / "p.yaml", fetch_base__vae_directory=nothing))
     needed = {
         "fetch_base__directory": "fetch_base.directory: expected a path, for source: directory, got",
-        "prepare__source": "prepare.source: expected a folder or a .tar",
+        "prepare__source": "prepare.source: expected a folder, an archive or a table",
     }
     for key, message in needed.items():
         with pytest.raises(StageError, match=re.escape(message)):

@@ -25,9 +25,10 @@ from stages.lib.data.sources.archives import SUFFIXES, extract, is_archive, is_p
 from stages.lib.data.sources.embedded import ARROW, PARQUET, TFRECORD, read_embedded, tables_with_images
 from stages.lib.data.sources.files import Files, files_of_folder, files_of_tar, is_hidden
 from stages.lib.data.sources.hints import near_misses
+from stages.lib.data.sources.hub import open_hub_dataset
 from stages.lib.data.sources.listing import Listing, PairSource, RejectedRow
 from stages.lib.data.sources.sidecars import read_sidecars
-from stages.lib.data.sources.splits import agreed_splits
+from stages.lib.data.sources.splits import TRAIN, agreed_splits, known_split
 from stages.lib.data.sources.tables import METADATA_NAMES, read_table
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.work_directory import extraction
@@ -102,6 +103,38 @@ def open_sources(readings: Mapping[str, Reading]) -> Iterator[PairSource]:
         ]
         num_unlisted = sum(source.num_unlisted_files for source in sources.values())
         yield PairSource(sorted(rows, key=lambda row: row.sample_id), sorted(rejected), num_unlisted, images)
+
+
+def open_hub_source(hub_id: str, revision: str, subset: str | None, reading: Reading) -> PairSource:
+    """A data set of the Hub at a commit; its splits are kept apart.
+
+    Raises:
+        StageError: as `open_hub_dataset`; if it has several splits and none to train on.
+    """
+    dataset = open_hub_dataset(hub_id, revision, subset)
+    kinds = {name: known_split(name) or name for name in dataset.splits}
+    if len(kinds) > 1 and TRAIN not in kinds.values():
+        raise StageError(
+            f"{hub_id}: expected a split {TRAIN!r} to train on, found "
+            f"{', '.join(sorted(kinds))}; take another subset"
+        )
+    split_of_file = {file: kinds[name] for name, files in dataset.splits.items() for file in files}
+    if len(dataset.caption_columns) == 1 and reading.caption_column not in dataset.caption_columns:
+        reading = dataclasses.replace(reading, caption_column=dataset.caption_columns[0])
+    shown = Path(f"{hub_id}@{revision[:8]}")
+    files = files_of_folder(dataset.folder, shown, dataset.folder.parents[1], split_of_file)
+    source = read_files(files, reading)
+    rows = [
+        dataclasses.replace(row, split=_split_of(row.sample_id, split_of_file) if len(kinds) > 1 else None)
+        for row in source.rows
+    ]
+    return dataclasses.replace(source, rows=rows)
+
+
+def _split_of(sample_id: str, split_of_file: Mapping[str, str]) -> str | None:
+    """Of the file, or of the table or tar in which it lies."""
+    places = itertools.accumulate(sample_id.split("/"), posixpath.join)
+    return next((split_of_file[place] for place in places if place in split_of_file), None)
 
 
 def _split_and_repeated(source: PairSource, reading: Reading) -> PairSource:

@@ -17,6 +17,11 @@ _NAMES = {
 _WORD = re.compile(r"[a-z]+")
 
 
+def known_split(name: str) -> str | None:
+    """ "train", "validation" or "test" by any of its usual names."""
+    return _NAMES.get(name.lower())
+
+
 def split_of_path(path: str) -> str | None:
     """ "train", "validation" or "test" as a folder or the file's name says; None where none does.
 
@@ -43,4 +48,4 @@ def agreed_splits(rows: Sequence[SourceRow]) -> list[SourceRow]:
 
 
 def _of_top(sample_id: str) -> str | None:
-    return _NAMES.get(sample_id.split("/")[0].lower()) if "/" in sample_id else None
+    return known_split(sample_id.split("/")[0]) if "/" in sample_id else None

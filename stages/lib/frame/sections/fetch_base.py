@@ -10,7 +10,6 @@ from pydantic import Field
 
 from stages.lib.frame.sections.section import Section, Text, check
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -54,8 +53,8 @@ class FetchBase(Section):
 
     @check
     def _base_commit(self) -> Iterator[tuple[str, str]]:
-        if self.source == "hub" and not _COMMIT.fullmatch(self.revision or ""):
-            yield "revision", "a full commit of 40 hexadecimal digits, for source: hub"
+        if self.source == "hub" and not self.revision:
+            yield "revision", "a commit of 40 hexadecimal digits, for source: hub"
 
     @check
     def _vae_origin(self) -> Iterator[tuple[str, str]]:
@@ -69,8 +68,8 @@ class FetchBase(Section):
 
     @check
     def _vae_commit(self) -> Iterator[tuple[str, str]]:
-        if self.vae_source == "hub" and not _COMMIT.fullmatch(self.vae_revision or ""):
-            yield "vae_revision", "a full commit of 40 hexadecimal digits, for vae_source: hub"
+        if self.vae_source == "hub" and not self.vae_revision:
+            yield "vae_revision", "a commit of 40 hexadecimal digits, for vae_source: hub"
 
     @check
     def _clip_origin(self) -> Iterator[tuple[str, str]]:
@@ -84,5 +83,5 @@ class FetchBase(Section):
 
     @check
     def _clip_commit(self) -> Iterator[tuple[str, str]]:
-        if self.clip_source == "hub" and not _COMMIT.fullmatch(self.clip_revision or ""):
-            yield "clip_revision", "a full commit of 40 hexadecimal digits, for clip_source: hub"
+        if self.clip_source == "hub" and not self.clip_revision:
+            yield "clip_revision", "a commit of 40 hexadecimal digits, for clip_source: hub"

@@ -55,6 +55,9 @@ class Prepare(Section):
         description="share of samples held out from training, 0 to 0.5; not used where the source is split"
     )
     split_seed: Annotated[Whole, Ge(0)] = Field(description="which samples are held out")
+    near_duplicate_bits: Annotated[Whole, Ge(0), Le(32)] | None = Field(
+        description="of 64, in which images split together may differ; null looks at equal bytes alone"
+    )
     max_samples: Annotated[Whole, Ge(1)] | None = Field(
         description="samples; null takes all, a number the first by sample_id"
     )
