@@ -2,8 +2,8 @@
 
     python benchmarks/prepare.py --num-images 2000 20000 --output benchmarks/results/prepare.json
 
-Makes Parquet files of JPEGs that all differ (photographs of scikit-image, cropped at random), runs the stage on each
-number of images, and decodes the same files with Pillow in as many processes, reading nothing else.
+Makes Parquet files of JPEGs that all differ (photographs of scikit-image, cropped at random), runs the stage
+on each number of images, and decodes the same files with Pillow in as many processes, reading nothing else.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def run_stage(source: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--num-images", type=int, nargs="+", default=[2000, 20000])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()

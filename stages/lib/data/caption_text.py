@@ -11,7 +11,8 @@ from stages.lib.data.pairs import unit_hash
 _SHOWN = 60  # characters of a value in a reason
 # Letters by their category, and drawn as nothing: fillers of Hangul, the braille pattern without dots.
 _BLANK_LETTERS = frozenset("\u115f\u1160\u2800\u3164\uffa0\u034f\u17b4\u17b5")
-_INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp", "Zs"))
+# Marks alone stand on nothing.
+_INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Me", "Mn", "Zl", "Zp", "Zs"))
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = _SHOWN
 
@@ -33,7 +34,29 @@ def usable_caption(value: Any) -> str:
     caption = " ".join(value.split()).strip("\ufeff\u200b\u2060 ")
     if not any(map(_is_visible, caption)):
         raise UnusableCaptionError("empty caption")
+    if "\0" in value:
+        raise UnusableCaptionError("caption holds a null byte, as texts in UTF-16 do")
     return caption
+
+
+def usable_captions(value: Any, prefix: str = "") -> tuple[list[str], list[str]]:
+    """The captions of one image, and why others of it cannot be used.
+
+    Args:
+        value: a text or a list of texts; may be anything.
+        prefix: text in front of each; it stands alone, without the comma at its end, where none follows.
+    """
+    captions, reasons = [], []
+    for each in value if isinstance(value, list) and value else [None if value == [] else value]:
+        if prefix and (each is None or (isinstance(each, str) and not any(map(_is_visible, each)))):
+            text: Any = prefix.rstrip(", ")
+        else:
+            text = f"{prefix}{each}" if isinstance(each, str) else each
+        try:
+            captions.append(usable_caption(text))
+        except UnusableCaptionError as error:
+            reasons.append(str(error))
+    return captions, reasons
 
 
 def is_text(value: Any) -> bool:
@@ -45,6 +68,15 @@ def is_text(value: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def text_of(data: bytes) -> str | None:
+    """The text that bytes are, None if they are none: of images the first byte, or a zero, says so."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
 
 
 def tag_variants(

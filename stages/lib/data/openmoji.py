@@ -41,7 +41,7 @@ def artwork_of_package(descriptor: Path) -> Path:
     try:
         content = json.loads(descriptor.read_text(encoding="utf-8"))
         package, version = content["package"], content["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StageError(f'{descriptor}: expected {{"package": ..., "version": ...}} ({error!r})') from error
     if package != OPENMOJI_PACKAGE:
         raise StageError(f"{descriptor}: package is {package!r}, expected {OPENMOJI_PACKAGE!r}")

@@ -74,7 +74,8 @@ def check_apart(stage: str, params: object, work: Path) -> None:
         if found is None or path is None:
             continue
         for area in sorted(areas):
-            if relation := _relation(Path(path).resolve(), area.resolve()):
+            # Unlike Path.resolve, this takes a loop of links.
+            if relation := _relation(Path(os.path.realpath(path)), Path(os.path.realpath(area))):
                 raise StageError(
                     f"params.yaml: {found[1].strip()}: expected a path apart from what is "
                     f"written here, got {path}, "

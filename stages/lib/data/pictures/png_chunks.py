@@ -15,6 +15,10 @@ from stages.lib.data.pictures.formats import UnusableImageError
 _SIGNATURE_BYTES = 8
 _SRGB_GAMMAS = range(45000, 46000)  # 1 / 2.2 in units of 1 / 100000, which stands for sRGB
 _SRGB_CHROMATICITIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)  # white, red, green, blue
+_CHANNELS = {2: 3, 4: 2, 6: 4}
+# Adam7: first column and row, and the steps to the next, of each pass.
+_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_INFLATED_BYTES = 2**20  # at a time
 _NEAR = 100  # 1 / 100000: rounding of those who write them
 
 
@@ -35,6 +39,32 @@ def check_pixels(data: bytes) -> None:
     for kind, start, end in _chunks(data):
         if kind == b"IDAT" and zlib.crc32(data[start - 4 : end]) != int.from_bytes(data[end : end + 4]):
             raise UnusableImageError("broken image: a checksum of its pixels fails")
+
+
+def check_rows(data: bytes) -> None:
+    """Raise UnusableImageError if there are fewer rows than the header says: Pillow leaves them black."""
+    width, height = (int.from_bytes(data[at : at + 4]) for at in (16, 20))
+    depth, colour_type = header(data)
+    bits = depth * _CHANNELS.get(colour_type, 1)
+    is_interlaced = data[_SIGNATURE_BYTES + 20] == 1
+    sizes = (
+        [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in _PASSES]
+        if is_interlaced
+        else [(width, height)]
+    )
+    expected = sum(
+        rows * (1 + -(-columns * bits // 8)) for columns, rows in sizes if columns > 0 and rows > 0
+    )
+    inflate, found = zlib.decompressobj(), 0
+    for kind, start, end in _chunks(data):
+        if kind != b"IDAT":
+            continue
+        waiting = data[start:end]
+        while waiting and found < expected:
+            found += len(inflate.decompress(waiting, _INFLATED_BYTES))
+            waiting = inflate.unconsumed_tail
+    if found < expected:
+        raise UnusableImageError(f"broken image: {found} bytes of rows, its header says {expected}")
 
 
 def transparent_colour(data: bytes) -> tuple[int, ...] | None:

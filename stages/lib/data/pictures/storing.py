@@ -8,10 +8,12 @@ from typing import NamedTuple
 from PIL import Image
 
 from stages.lib.data.image_shards import StoredImage
+from stages.lib.data.pictures import png_chunks
 from stages.lib.data.pictures.colour import changes
 from stages.lib.data.pictures.decoding import opened, picture_of, profile_of, upright_size
 from stages.lib.data.pictures.formats import UnusableImageError
 from stages.lib.data.pictures.jpeg_scan import check_scan
+from stages.lib.data.pictures.tiff_tags import check_strips
 
 # Others are large, or hold more than a picture.
 _COMPACT = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "JPEG2000")
@@ -39,7 +41,7 @@ def stored_image(data: bytes, max_pixels: int) -> CheckedImage:
             defined range.
     """
     with opened(data) as image:
-        width, height = upright_size(image)
+        width, height = image.size
         if width * height > max_pixels:
             raise UnusableImageError(
                 f"{width} x {height} pixels, prepare.max_image_pixels is {max_pixels}; raise it, "
@@ -47,8 +49,14 @@ def stored_image(data: bytes, max_pixels: int) -> CheckedImage:
             )
         is_kept = image.format in _COMPACT and (image.format == "MPO" or getattr(image, "n_frames", 1) == 1)
         if image.format in ("JPEG", "MPO") and check_scan(data):
-            return CheckedImage(StoredImage(data, width, height), changes(image.mode, profile_of(image)))
+            return CheckedImage(
+                StoredImage(data, *upright_size(image)), changes(image.mode, profile_of(image))
+            )
         picture, is_converted = picture_of(image, data)
+        if image.format == "PNG":
+            png_chunks.check_rows(data)
+        if image.format == "TIFF":
+            check_strips(image, data)
     return CheckedImage(StoredImage(data, *picture.size) if is_kept else png(picture), is_converted)
 
 

@@ -12,6 +12,7 @@ import bz2
 import contextlib
 import errno
 import gzip
+import itertools
 import lzma
 import os
 import re
@@ -30,6 +31,7 @@ SUFFIXES = (".tar", *COMPRESSED_TARS, ".zip")
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 2**20
 _MAX_END_BYTES = 22 + 2**16  # the record at a zip's end, and its comment
+_ZIP_HEADER_BYTES = 30  # of a member, without its name
 _UTF8_FLAG = 0x800  # of a zip's member
 _OURS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES)  # the machine's troubles, not the archive's
 # gzip, bzip2, xz by their first bytes: a suffix may be wrong.
@@ -197,6 +199,7 @@ def _extract_zip(archive: Path, target: Path) -> None:
                 "nothing of it is used: "
                 "make the archive again"
             )
+        _check_places(archive, members)
         for member in members:
             name = _zip_name(member)
             kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive was not made on Unix
@@ -207,6 +210,18 @@ def _extract_zip(archive: Path, target: Path) -> None:
                 raise StageError(f"{archive}: member {name!r} comes twice, expected each once; make it again")
             names.add(_plain(name))
             _write_member(bundle, member, target / _plain(name))
+
+
+def _check_places(archive: Path, members: list[zipfile.ZipInfo]) -> None:
+    """Raise StageError if a member lies inside another, as in archives made to be larger than they are."""
+    ordered = sorted(members, key=lambda member: member.header_offset)
+    for member, following in itertools.pairwise(ordered):
+        if member.header_offset + _ZIP_HEADER_BYTES + member.compress_size > following.header_offset:
+            raise StageError(
+                f"{archive}: member {following.filename!r} lies inside of {member.filename!r}; "
+                "nothing of it is used: "
+                "make the archive again"
+            )
 
 
 def _number_in_directory(bundle: zipfile.ZipFile) -> int:

@@ -1,36 +1,39 @@
 """Tables with the images inside: Parquet, the Arrow files of `datasets.Dataset.save_to_disk`, and TFRecords.
 
 The captions are read first, they are small; the images later, batch by batch in the order of the rows, so
-that memory does not grow with a file. A row is named by its file and its number in it.
+that memory does not grow with a file. A row is named by its file and its number in it. What `datasets` saves
+to disk lists its Arrow files, for others lie beside them: results of `map`, and shards of an earlier save.
 """
 
 from __future__ import annotations
 
 import itertools
-import mmap
+import json
 import posixpath
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.lib.data.caption_text import UnusableCaptionError, usable_caption
+from stages.lib.data.caption_text import text_of, usable_captions
 from stages.lib.data.sources.files import Files
 from stages.lib.data.sources.listing import PairSource, RejectedRow, SourceRow
 from stages.lib.data.sources.names import as_text
-from stages.lib.data.sources.splits import split_of_path
+from stages.lib.data.sources.splits import TRAIN, split_named
 from stages.lib.data.sources.tables import CAPTION, TEXT
-from stages.lib.data.sources.tfrecord import example, records
+from stages.lib.data.sources.tfrecord import TFRecordShard
 from stages.lib.frame.errors import StageError
 
 PARQUET, ARROW, TFRECORD = ".parquet", ".arrow", ".tfrecord"
-_BATCH_ROWS = 16  # images in memory at a time
+_IMAGE_ROWS, _TEXT_ROWS = 4, 1024  # of a Parquet file in memory at a time
 _BUFFER_BYTES = 2**20  # read ahead of a column
 _ROW_DIGITS = 8
 _USUAL_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img")
-_TEXTS = ("txt", "text", "caption", "key", "url")  # of a TFRecord, which tells text from bytes by nothing
+_STATE, _SPLITS = "state.json", "dataset_dict.json"  # in the folder of a Dataset, above several of these
+_FILE_MAGIC = b"ARROW1"  # of the other format of Arrow files
+_ERRORS = (OSError, ValueError, LookupError, OverflowError, MemoryError, pa.ArrowException)  # of damage
 
 
 class Shard(Protocol):
@@ -46,49 +49,45 @@ class ParquetShard:
     """A Parquet file."""
 
     def __init__(self, path: str) -> None:
-        self._file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        self._file = pq.ParquetFile(
+            path, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+        )
         self.schema: pa.Schema = self._file.schema_arrow
 
     def batches(self, column: str) -> Iterator[tuple[int, pa.Array]]:
         first = 0
-        for batch in self._file.iter_batches(_BATCH_ROWS, columns=[column], use_threads=False):
-            yield first, batch.column(0)
-            first += batch.num_rows
-
-
-class ArrowShard:
-    """An Arrow file in the streaming format, as `datasets` writes it."""
-
-    def __init__(self, path: str) -> None:
-        self._map = pa.memory_map(path)
-        self.schema: pa.Schema = pa.ipc.open_stream(self._map).schema
-
-    def batches(self, column: str) -> Iterator[tuple[int, pa.Array]]:
-        first = 0
-        self._map.seek(0)
-        for batch in pa.ipc.open_stream(self._map):
+        num_rows = _IMAGE_ROWS if _holds_images(self.schema.field(column).type) else _TEXT_ROWS
+        for batch in self._file.iter_batches(num_rows, columns=[column], use_threads=False):
             yield first, batch.column(column)
             first += batch.num_rows
 
 
-class TFRecordShard:
-    """A TFRecord file of examples; features that hold bytes are columns of bytes, ``txt`` one of text."""
+class ArrowShard:
+    """An Arrow file in the streaming format, as `datasets` writes it, or in the one with an index."""
 
     def __init__(self, path: str) -> None:
-        with open(path, "rb") as file:
-            self._content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        self._records = list(records(self._content))
-        names = sorted(self._example(0)) if self._records else []
-        self.schema = pa.schema([(name, pa.string() if name in _TEXTS else pa.binary()) for name in names])
+        self._map = pa.memory_map(path)
+        self._is_indexed = self._map.read(len(_FILE_MAGIC)) == _FILE_MAGIC
+        self.schema: pa.Schema = self._opened().schema
 
     def batches(self, column: str) -> Iterator[tuple[int, pa.Array]]:
-        for number in range(len(self._records)):
-            value = next(iter(self._example(number).get(column, [])), None)
-            yield number, pa.array([value], pa.binary()).cast(self.schema.field(column).type)
+        first = 0
+        for batch in self._record_batches():
+            values = batch.column(column)
+            values.validate(full=True)  # its offsets are bytes of the file, and lead anywhere if damaged
+            yield first, values
+            first += batch.num_rows
 
-    def _example(self, number: int) -> dict[str, list[bytes]]:
-        offset, size = self._records[number]
-        return example(bytes(self._content[offset : offset + size]))
+    def _record_batches(self) -> Iterator[pa.RecordBatch]:
+        reader = self._opened()
+        if self._is_indexed:
+            yield from map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            yield from reader
+
+    def _opened(self) -> Any:
+        self._map.seek(0)
+        return pa.ipc.open_file(self._map) if self._is_indexed else pa.ipc.open_stream(self._map)
 
 
 _SHARDS: dict[str, Callable[[str], Shard]] = {
@@ -121,12 +120,58 @@ def tables_with_images(files: Files, names: Sequence[str]) -> list[str]:
     return [name for name in names if image_columns(_open(files, name).schema)]
 
 
-def read_embedded(files: Files, names: Sequence[str], caption_column: str, caption_prefix: str) -> PairSource:
+def saved_tables(files: Files) -> dict[str, str | None]:
+    """What `datasets` has saved to disk, a Dataset or a DatasetDict: name of each Arrow file -> its split.
+
+    Raises:
+        StageError: if a file that it lists is missing, or none of several splits is to train on.
+    """
+    present = set(files.names)
+    folders = sorted({posixpath.dirname(name) for name in files.names if name.endswith(ARROW)})
+    found: dict[str, str | None] = {}
+    for folder in folders:
+        state, above = posixpath.join(folder, _STATE), posixpath.join(posixpath.dirname(folder), _SPLITS)
+        if state not in present:
+            continue
+        split = posixpath.basename(folder) if folder and above in present else None
+        if split is not None and split not in _listed(files, above, "splits"):
+            continue  # of an earlier save
+        for base in _listed(files, state, "_data_files"):
+            name = posixpath.join(folder, base)
+            if name not in present:
+                raise StageError(
+                    f"{files.shown}/{as_text(name)}: missing, and {as_text(state)} lists it; save it again"
+                )
+            found[name] = split and split_named(split)
+    splits = sorted({split for split in found.values() if split})
+    if len(splits) > 1 and TRAIN not in splits:
+        raise StageError(
+            f"{files.shown}: expected a split {TRAIN!r} to train on, found {', '.join(splits)}; "
+            "name the folder "
+            "of one of them as the source, or several in prepare.sources"
+        )
+    return found
+
+
+def _listed(files: Files, name: str, key: str) -> list[str]:
+    try:
+        entries = json.loads(files.read(name))[key]
+        return [str(entry["filename"] if isinstance(entry, dict) else entry) for entry in entries]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise _damaged(files, name, error) from error
+
+
+def read_embedded(
+    files: Files,
+    names: Sequence[str] | Mapping[str, str | None],
+    caption_column: str,
+    caption_prefix: str,
+) -> PairSource:
     """The rows of tables with images inside.
 
     Args:
         files: of the source.
-        names: of the tables, all of one kind.
+        names: of the tables, all of one kind; with the split of each where the source says so.
         caption_column: of the captions; "caption" where there is none of that name.
         caption_prefix: text in front of every caption.
 
@@ -136,13 +181,13 @@ def read_embedded(files: Files, names: Sequence[str], caption_column: str, capti
     tables = {as_text(name): _table(files, name, caption_column) for name in names}
     rows: list[SourceRow] = []
     rejected: list[RejectedRow] = []
+    splits = names if isinstance(names, Mapping) else {}
     for name, table in tables.items():
-        split = split_of_path(name)
         for sample_id, value in _captions(files, name, table):
-            captions, reasons = _usable(value, caption_prefix)
+            captions, reasons = usable_captions(value, caption_prefix)
             rejected += [RejectedRow(sample_id, reason) for reason in reasons]
             if captions:
-                rows.append(SourceRow(sample_id, captions, split))
+                rows.append(SourceRow(sample_id, tuple(dict.fromkeys(captions)), splits.get(table.name)))
 
     def images(sample_ids: Sequence[str]) -> Iterator[bytes | OSError]:
         for name, group in itertools.groupby(sample_ids, posixpath.dirname):
@@ -153,16 +198,6 @@ def read_embedded(files: Files, names: Sequence[str], caption_column: str, capti
     return PairSource(sorted(rows, key=lambda row: row.sample_id), sorted(rejected), num_unlisted, images)
 
 
-def _usable(value: Any, prefix: str) -> tuple[tuple[str, ...], list[str]]:
-    captions, reasons = [], []
-    for each in value if isinstance(value, list) else [value]:
-        try:
-            captions.append(usable_caption(f"{prefix}{each}" if isinstance(each, str) else each))
-        except UnusableCaptionError as error:
-            reasons.append(str(error))
-    return tuple(dict.fromkeys(captions)), reasons or ([] if captions else ["empty caption"])
-
-
 def _open(files: Files, name: str) -> Shard:
     if not files.is_on_disk(name):
         raise StageError(
@@ -170,8 +205,10 @@ def _open(files: Files, name: str) -> Shard:
             "name it as the source"
         )
     try:
-        return _SHARDS[posixpath.splitext(name)[1].lower()](str(files.root / name))
-    except (OSError, ValueError, pa.ArrowException) as error:
+        shard = _SHARDS[posixpath.splitext(name)[1].lower()](str(files.root / name))
+        _ = shard.schema.names, image_columns(shard.schema)  # bytes of the file, decoded when asked for
+        return shard
+    except _ERRORS as error:
         raise _damaged(files, name, error) from error
 
 
@@ -187,6 +224,13 @@ def _damaged(files: Files, name: str, error: Exception) -> StageError:
 def _table(files: Files, name: str, caption_column: str) -> _Table:
     shard = _open(files, name)
     columns = image_columns(shard.schema)
+    if not columns:
+        raise StageError(
+            f"{files.shown}/{as_text(name)}: expected a column of images, as bytes or as `datasets` writes "
+            f"them, found {', '.join(shard.schema.names) or 'no columns'}; images that are named "
+            "by a path or "
+            "an address are not read from a table: put them beside a metadata.csv"
+        )
     usual = [column for column in _USUAL_NAMES if column in columns]
     if len(columns) > 1 and not usual:
         raise StageError(
@@ -209,8 +253,8 @@ def _captions(files: Files, shown: str, table: _Table) -> Iterator[tuple[str, An
     try:
         for first, values in table.shard.batches(table.caption_column):
             for number, value in enumerate(values.to_pylist(), first):
-                yield f"{shown}/{number:0{_ROW_DIGITS}d}", value
-    except (OSError, ValueError, pa.ArrowException) as error:
+                yield f"{shown}/{number:0{_ROW_DIGITS}d}", _decoded(value)
+    except _ERRORS as error:
         raise _damaged(files, table.name, error) from error
 
 
@@ -225,8 +269,16 @@ def _images(files: Files, table: _Table, wanted: Sequence[int]) -> Iterator[byte
                 row = next(waiting, None)
             if row is None:
                 return
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except _ERRORS as error:
         raise _damaged(files, table.name, error) from error
+
+
+def _decoded(value: Any) -> Any:
+    """A text, or a list of texts, that a table holds as bytes; what is not UTF-8 stays as it is."""
+    if isinstance(value, list):
+        return [_decoded(each) for each in value]
+    text = text_of(value) if isinstance(value, bytes) else None
+    return value if text is None else text
 
 
 def _content(value: Any) -> bytes | OSError:
@@ -234,7 +286,8 @@ def _content(value: Any) -> bytes | OSError:
     content = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(content, bytes):
         return content
-    return OSError(0, f"the row holds no image{f', but a path, {path}' if path else ''}")
+    found = f", but a path, {path}; `datasets.save_to_disk` puts the image itself there" if path else ""
+    return OSError(0, f"the row holds no image{found}")
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -244,11 +297,11 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_text_list(kind: pa.DataType) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from stages.lib.data.caption_text import UnusableCaptionError, usable_caption
+from stages.lib.data.caption_text import usable_captions
 from stages.lib.data.sources.files import Files
 from stages.lib.data.sources.names import Names, NoSuchNameError, as_text, leaves_folder, tidied_path
 
@@ -113,18 +113,12 @@ class Listing:
         if odd := self.files.odd.get(name):
             self.reject(sample_id, f"expected a file, found {odd}")
             return
-        if captions == []:
-            self.reject(sample_id, "empty caption")
-        for caption in captions if isinstance(captions, list) else [captions]:
-            try:
-                text = usable_caption(
-                    f"{self.caption_prefix}{caption}" if isinstance(caption, str) else caption
-                )
-            except UnusableCaptionError as error:
-                self.reject(sample_id, str(error))
-            else:
-                self.file_of[sample_id] = name
-                self.captions_of.setdefault(sample_id, []).append(text)
+        usable, reasons = usable_captions(captions, self.caption_prefix)
+        for reason in reasons:
+            self.reject(sample_id, reason)
+        if usable:
+            self.file_of[sample_id] = name
+            self.captions_of.setdefault(sample_id, []).extend(usable)
 
     def reject(self, name: str, reason: str) -> None:
         self.rejected.append(RejectedRow(as_text(name), reason))

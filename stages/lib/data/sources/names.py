@@ -49,6 +49,8 @@ class Names:
             NoSuchNameError: if there is none; AmbiguousNameError, one of its kind, if there are several.
         """
         tidied = tidied_path(wanted)
+        if wanted.strip().endswith(("/", "\\")):
+            raise NoSuchNameError("no such file, but the name of a folder")
         for exact in (wanted, tidied):
             if exact in self._names:
                 return exact

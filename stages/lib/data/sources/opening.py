@@ -22,7 +22,14 @@ from pathlib import Path
 
 from stages.lib.data.openmoji import DESCRIPTOR, read_openmoji
 from stages.lib.data.sources.archives import SUFFIXES, extract, is_archive, is_plain_tar
-from stages.lib.data.sources.embedded import ARROW, PARQUET, TFRECORD, read_embedded, tables_with_images
+from stages.lib.data.sources.embedded import (
+    ARROW,
+    PARQUET,
+    TFRECORD,
+    read_embedded,
+    saved_tables,
+    tables_with_images,
+)
 from stages.lib.data.sources.files import Files, files_of_folder, files_of_tar, is_hidden
 from stages.lib.data.sources.hints import near_misses
 from stages.lib.data.sources.hub import open_hub_dataset
@@ -172,8 +179,7 @@ def read_folder(folder: Path, reading: Reading) -> PairSource:
 
 def read_files(files: Files, reading: Reading) -> PairSource:
     """The source that some files make up."""
-    saved = [name for name in files.names if name.endswith(ARROW)]
-    if saved and any(posixpath.basename(name) == "state.json" for name in files.names):
+    if saved := saved_tables(files):
         return read_embedded(files, saved, reading.caption_column, reading.caption_prefix)
     if tables := _metadata(files):
         listing = Listing(files, reading.caption_prefix)

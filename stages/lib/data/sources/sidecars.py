@@ -6,11 +6,12 @@ there is none.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import posixpath
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 from stages.lib.data.pictures.formats import SUFFIXES
@@ -45,6 +46,9 @@ def read_sidecars(listing: Listing, caption_column: str) -> None:
     sidecars = {suffix: _BySuffix(listing, suffix) for suffix in (*TEXTS, JSON)}
     tokens = _kohya_tokens(listing, images)
     for name in images:
+        for each in sidecars.values():  # one of several is taken, and the others are no captions without an image
+            with contextlib.suppress(_UnusableFileError):
+                listing.listed.update(filter(None, [each.find(name)]))
         try:
             caption = _caption_beside(listing, name, sidecars, caption_column)
         except _UnusableFileError as error:
@@ -54,11 +58,13 @@ def read_sidecars(listing: Listing, caption_column: str) -> None:
         if caption is None:
             caption = tokens.get(name.split("/")[0])
         if caption is not None or listing.caption_prefix:
-            listing.add_file(name, caption or "")
+            listing.add_file(name, "" if caption is None else caption)
         else:
             listing.listed.add(name)
             listing.reject(
-                name, "no caption file, expected a .txt, .caption or .json of the same name beside it"
+                name,
+                "no caption, expected a .txt or .caption of the same name beside it, or a .json with "
+                f"{caption_column!r} or {CAPTION!r}",
             )
     if not listing.captions_of and (seen := near_misses(files.names)):
         raise StageError(
@@ -66,7 +72,7 @@ def read_sidecars(listing: Listing, caption_column: str) -> None:
             f"found none{seen}"
         )
     for suffix in TEXTS:
-        for sidecar in sorted(set(sidecars[suffix].file_of.values()) - listing.listed):
+        for sidecar in sorted(sidecars[suffix].all - listing.listed):
             listing.listed.add(sidecar)
             listing.reject(
                 sidecar, f"no image of that name beside it, known are {' '.join(sorted(SUFFIXES))}"
@@ -81,15 +87,24 @@ class _BySuffix:
     """The caption files of one suffix by the names of the images that they may belong to."""
 
     def __init__(self, listing: Listing, suffix: str) -> None:
+        self._listing = listing
         entries = (*listing.files.names, *listing.files.odd)
-        self.file_of = {posixpath.splitext(name)[0]: name for name in entries if _suffix(name) == suffix}
-        self._stems = Names(self.file_of)
+        self._files_of: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(entries):
+            if _suffix(name) == suffix:
+                self._files_of[posixpath.splitext(name)[0]].append(name)
+        self.all = {name for names in self._files_of.values() for name in names}
+        self._stems = Names(self._files_of)
 
     def find(self, image: str) -> str | None:
         """The caption file of ``cat.png``: ``cat.txt``, or ``cat.png.txt``."""
         for stem in (posixpath.splitext(image)[0], image):
             try:
-                return self.file_of[self._stems.find(stem)]
+                names = self._files_of[self._stems.find(stem)]
+                if len(names) > 1:
+                    self._listing.listed.update(names)
+                    raise AmbiguousNameError(f"several that are alike: {', '.join(map(as_text, names))}")
+                return names[0]
             except AmbiguousNameError as error:
                 raise _UnusableFileError(f"caption file: {error}") from error
             except NoSuchNameError:
@@ -105,9 +120,7 @@ def _caption_beside(
     if (sidecar := sidecars[JSON].find(image)) is not None:
         described = _json_of(listing, sidecar)
         if caption_column in described:
-            for suffix in TEXTS:
-                listing.listed.add(sidecars[suffix].find(image) or sidecar)
-            return described[caption_column]
+            return _said(described[caption_column])
     for suffix in TEXTS:
         if (sidecar := sidecars[suffix].find(image)) is not None:
             try:
@@ -116,7 +129,12 @@ def _caption_beside(
                 raise _UnusableFileError(
                     f"caption file {as_text(sidecar)} cannot be read: not UTF-8"
                 ) from error
-    return described.get(CAPTION)
+    return _said(described[CAPTION]) if CAPTION in described else None
+
+
+def _said(value: Any) -> Any:
+    """A caption of a .json; null says that there is none, an empty one."""
+    return "" if value is None else value
 
 
 def _json_of(listing: Listing, sidecar: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.lib.data.pictures.formats import SUFFIXES
 from stages.lib.data.sources.listing import Listing
 from stages.lib.frame.errors import StageError
 
@@ -61,7 +62,7 @@ def _table_rows(
     try:
         content = listing.files.read(table)
         if kind == "parquet":
-            file = pq.ParquetFile(io.BytesIO(content))
+            file = pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True)
             unread = dict.fromkeys(file.schema_arrow.names)
             columns = [name for name in unread if name in wanted]
             for number, row in enumerate(file.read(columns).to_pylist(), 1):
@@ -80,7 +81,7 @@ def _lines(content: bytes) -> list[str]:
     Raises:
         ValueError: if it is text of another kind than UTF-8 and its relatives.
     """
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:200]:
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or content[:200].count(b"\0") > len(content[:200]) // 4:
         raise ValueError("looks like UTF-16: save it as UTF-8")
     text = content.decode("utf-8-sig", errors="surrogateescape")
     return io.StringIO(text, newline="").readlines()
@@ -114,6 +115,8 @@ def _records(listing: Listing, lines: list[str], table: str) -> Iterator[tuple[i
         )
         try:
             cells = next(rows)
+            if start and _holds_a_row(lines[start + 1 : start + rows.line_num], len(cells)):
+                raise csv.Error("a quote that is closed in another row")
         except csv.Error as error:
             if start == 0:
                 raise
@@ -126,6 +129,15 @@ def _records(listing: Listing, lines: list[str], table: str) -> Iterator[tuple[i
         if cells:
             yield start + 1, cells
         start += rows.line_num
+
+
+def _holds_a_row(lines: list[str], num_cells: int) -> bool:
+    """Whether one of the further lines of a row looks like a row of its own, which names an image."""
+    return any(
+        len(cells) == num_cells
+        and any(posixpath.splitext(cell.strip().strip('"'))[1].lower() in SUFFIXES for cell in cells)
+        for cells in (line.rstrip("\r\n").split(",") for line in lines)
+    )
 
 
 def _header(cells: list[str], number: int) -> list[str]:

@@ -8,14 +8,48 @@ bytes (1), floats (2) or integers (3), each with its values as field 1.
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import google_crc32c
+import pyarrow as pa
+
+from stages.lib.data.caption_text import text_of
 
 _MASK_DELTA = 0xA282EAD8
+_FIRST_EXAMPLES = 16  # in which a feature that holds something is looked for
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # wire types
+
+
+class TFRecordShard:
+    """A TFRecord file of examples, as a table.
+
+    Its features of bytes are columns; the first of them that is not empty tells text from others.
+    """
+
+    def __init__(self, path: str) -> None:
+        with open(path, "rb") as file:
+            self._content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self._records = list(records(self._content))
+        firsts: dict[str, bytes] = {}
+        for number in range(min(len(self._records), _FIRST_EXAMPLES)):
+            for name, values in self._example(number).items():
+                firsts[name] = firsts.get(name) or b"".join(values[:1])
+        is_text = {name: text_of(value) is not None for name, value in firsts.items()}
+        self.schema = pa.schema(
+            [(name, pa.string() if is_text[name] else pa.binary()) for name in sorted(firsts)]
+        )
+
+    def batches(self, column: str) -> Iterator[tuple[int, pa.Array]]:
+        for number in range(len(self._records)):
+            values = self._example(number).get(column, [])
+            yield number, pa.array([values if len(values) > 1 else next(iter(values), None)])
+
+    def _example(self, number: int) -> dict[str, list[bytes]]:
+        offset, size = self._records[number]
+        return example(bytes(self._content[offset : offset + size]))
 
 
 class Record(NamedTuple):
@@ -47,7 +81,7 @@ def records(content: memoryview) -> Iterator[Record]:
 
 
 def example(data: bytes) -> dict[str, list[bytes]]:
-    """The features that are lists of bytes, by name.
+    """The features that are lists of bytes, by name; those of numbers are left out.
 
     Raises:
         ValueError: if it is no Example.
@@ -56,12 +90,9 @@ def example(data: bytes) -> dict[str, list[bytes]]:
     for features in _fields(data, 1):
         for entry in _fields(features, 1):
             name = b"".join(_fields(entry, 1)).decode()
-            found[name] = [
-                value
-                for feature in _fields(entry, 2)
-                for values in _fields(feature, 1)
-                for value in _fields(values, 1)
-            ]
+            lists = [values for feature in _fields(entry, 2) for values in _fields(feature, 1)]
+            if lists:
+                found[name] = [value for values in lists for value in _fields(values, 1)]
     return found
 
 
