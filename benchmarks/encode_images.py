@@ -41,12 +41,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from stages import encode_images, fetch_base, prepare  # noqa: E402
+from stages.lib.core.paths import BASE, PAIR_IMAGES  # noqa: E402
 from stages.lib.data.image_shards import image_index, iter_images  # noqa: E402
 from stages.lib.data.sources.opening import Reading, open_source  # noqa: E402
 from stages.lib.encoding.autoencoder import build_image_encoder  # noqa: E402
 from stages.lib.encoding.framing import allowed_sizes, frame_images  # noqa: E402
 from stages.lib.frame.params import Params, read_params  # noqa: E402
 from stages.lib.frame.start_up import keep_freed_memory  # noqa: E402
+from stages.lib.models.layout import downsampling, read_vae_config  # noqa: E402
 from stages.lib.store.blocks import Block  # noqa: E402
 from stages.lib.store.work_store import WorkStore  # noqa: E402
 from stages.lib.store.zarr_store import open_store  # noqa: E402
@@ -146,9 +148,9 @@ def bare_worker(barrier: object, done: object, num_batches: int) -> None:
     torch.set_num_threads(1)
     options = read_params().encode_images
     encode = build_image_encoder("cpu", "float32")
-    images = list(itertools.islice(iter_images(encode_images.IMAGES), BATCH_SIZE))
-    entries = image_index(encode_images.IMAGES)[:BATCH_SIZE]
-    framed, _ = frame_images(entries, allowed_sizes(options), options)
+    images = list(itertools.islice(iter_images(PAIR_IMAGES), BATCH_SIZE))
+    entries = image_index(PAIR_IMAGES)[:BATCH_SIZE]
+    framed, _ = frame_images(entries, allowed_sizes(options, downsampling(read_vae_config(BASE))), options)
     pictures = [
         encode_images.load_view(options, (content, image.views[0]))
         for (_, content), image in zip(images, framed, strict=True)
@@ -163,8 +165,8 @@ def bare_worker(barrier: object, done: object, num_batches: int) -> None:
 def stage_rates(num_images: int) -> tuple[float, float]:
     """Images a second from an empty work store: with the start of the workers, and after it."""
     options = read_params().encode_images
-    entries = image_index(encode_images.IMAGES)[:num_images]
-    images, _ = frame_images(entries, allowed_sizes(options), options)
+    entries = image_index(PAIR_IMAGES)[:num_images]
+    images, _ = frame_images(entries, allowed_sizes(options, downsampling(read_vae_config(BASE))), options)
     finished: list[tuple[float, int]] = []
     put = WorkStore.put
 

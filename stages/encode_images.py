@@ -2,7 +2,8 @@
 
 Reads  data/pairs/images, data/base/vae
 Writes data/latents.zarr (mean, logvar (N, V, 4, h, w) float16 unscaled, sample_id (N,); with buckets
-       one such group for each shape, named by its width and height in pixels),
+       or several resolutions one such group for each shape, named by its width and height in pixels;
+       with masks: alpha also mask (N, V, 1, h, w) float16 in [0, 1]),
        data/encode_images_report (shapes.csv, left_out.jsonl, worst_reconstructions.png),
        data/encode_images_metrics.json
 Params encode_images
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -36,11 +38,11 @@ from stages.lib.encoding.framing import (
     allowed_sizes,
     check_sizes,
     frame_images,
-    nominal_resolution,
+    nominal_views,
     view_names,
 )
-from stages.lib.encoding.latents_output import all_keys, by_shape, write_latents
-from stages.lib.encoding.pixels import load_pixels
+from stages.lib.encoding.latents_output import all_keys, by_shape, resolution_of_each, write_latents
+from stages.lib.encoding.pixels import build_mask_encoder, load_mask, load_pixels
 from stages.lib.encoding.report import (
     Reconstruction,
     channel_statistics,
@@ -66,43 +68,54 @@ from stages.lib.store.zarr_store import (
 )
 
 logger = logging.getLogger(__name__)
+MASK_BATCH_SIZE = 16  # rows do not depend on it
 
 
 def main(params: Params) -> None:
     options = params.encode_images
     check_component(BASE, "vae")
     vae_config = read_vae_config(BASE)
-    factor, sizes = downsampling(vae_config), allowed_sizes(options)
-    check_sizes(sizes, factor)
+    factor = downsampling(vae_config)
+    sizes_of = allowed_sizes(options, factor)
+    check_sizes(sizes_of, factor)
     entries = image_index(PAIR_IMAGES)
-    images, left_out = frame_images(entries, sizes, options)
+    images, left_out = frame_images(entries, sizes_of, options)
     check_left_out(images, left_out)
     recipe = recipe_of(options)
     moments = WorkStore(work_root(), "encode_images", recipe)
     encode(moments, images, options)
-    checked = fixed_sample(images, options.num_reconstructions)
+    nominal = nominal_views(images)
+    checked = fixed_sample(nominal, options.num_reconstructions)
     decoded = WorkStore(work_root(), "reconstruct_images", recipe_of_reconstructions(recipe))
     reconstruct(decoded, moments, checked, options)
+    masks = None
+    if options.masks == "alpha":
+        masks = WorkStore(work_root(), "mask_images", recipe_of_masks(factor))
+        encode_masks(masks, images, options, factor)
     if not processes().is_main_process:
         return
 
     attributes = {
         "scaling_factor": vae_config["scaling_factor"],
         "shift_factor": vae_config["shift_factor"],
-        "resolution": nominal_resolution(options, factor),
+        "resolution": next(iter(sizes_of)),
         "views": view_names(options),
         "left_out": [image.sample_id for image in left_out],
         "model_fingerprint": recipe["model"],
         "images": fingerprint_of_images(entries),
     }
     groups = by_shape(images, options)
-    redone = write_latents(moments, groups, attributes, factor, vae_config["latent_channels"])
+    if masks is not None:
+        attributes["masks"] = options.masks
+    if len(sizes_of) > 1:
+        attributes |= {"resolutions": list(sizes_of), "resolution_of": resolution_of_each(groups)}
+    redone = write_latents(moments, masks, groups, attributes, factor, vae_config["latent_channels"])
     store = verify_store(LATENTS, "encode_images")
     reconstructions = read_reconstructions(decoded, checked)
-    write_report(groups, left_out, reconstructions, options)
+    write_report(groups, nominal, left_out, reconstructions, options)
     means = (block for name in groups for block in iter_array(LATENTS, store, f"{name}mean", "encode_images"))
     metrics = {
-        "num_encoded_images": len(images),
+        "num_encoded_images": len(nominal),
         "num_left_out": len(left_out),
         "num_redone_in_float32": len(redone),
         "cropped_fraction": float(np.mean([image.cropped_fraction for image in images])),
@@ -134,6 +147,15 @@ def recipe_of_reconstructions(recipe: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def recipe_of_masks(factor: int) -> dict[str, Any]:
+    """All that determines the bytes of a view's mask, but for the image and its framing."""
+    return {
+        "factor": factor,
+        "code": code_identity(build_mask_encoder, load_view_of_mask, InProcess, compute_with_one_thread),
+        **environment("pillow"),
+    }
+
+
 def check_left_out(images: list[FramedImage], left_out: list[LeftOut]) -> None:
     """Say what is left out; raise StageError if that is everything."""
     if left_out:
@@ -147,20 +169,35 @@ def check_left_out(images: list[FramedImage], left_out: list[LeftOut]) -> None:
 
 def encode(moments: WorkStore, images: list[FramedImage], options: EncodeImages) -> None:
     """Rows of mean and logvar for every view of every image, in the work store."""
-    image_of = {image.sample_id: image for image in images}
+    load = functools.partial(load_view, options)
+    encoder = Encoder(load, build_image_encoder, options.batch_size, options.dtype)
+    unit = "images" if len(view_names(options)) == len(options.resolution) == 1 else "views"
+    encode_missing(moments, all_keys(images), items_of(images, options), encoder, "encode images", unit)
+
+
+def encode_masks(masks: WorkStore, images: list[FramedImage], options: EncodeImages, factor: int) -> None:
+    """Rows of mask for every view of every image, in the work store."""
+    encoder = Encoder(
+        load_view_of_mask, functools.partial(build_mask_encoder, factor), MASK_BATCH_SIZE, "float32"
+    )
+    encode_missing(masks, all_keys(images), items_of(images, options), encoder, "mask images", "masks")
+
+
+def items_of(images: list[FramedImage], options: EncodeImages) -> Callable[[set[str]], Iterator[Item]]:
+    """The views of the images that have missing ones, each with its image."""
     names = view_names(options)
 
     def items(missing: set[str]) -> Iterator[Item]:
-        wanted = {image.sample_id for image in images if not missing.isdisjoint(image.keys)}
-        for sample_id, content in scan_images(PAIR_IMAGES, wanted):
-            image = image_of[sample_id]
-            for key, view, name in zip(image.keys, image.views, names, strict=True):
-                yield Item(key, f"{sample_id} ({name})", (content, view), image.size)
+        wanted: dict[str, list[FramedImage]] = defaultdict(list)
+        for image in images:
+            if not missing.isdisjoint(image.keys):
+                wanted[image.sample_id].append(image)
+        for sample_id, content in scan_images(PAIR_IMAGES, set(wanted)):
+            for image in wanted[sample_id]:
+                for key, view, name in zip(image.keys, image.views, names, strict=True):
+                    yield Item(key, f"{sample_id} ({name})", (content, view), image.size)
 
-    load = functools.partial(load_view, options)
-    encoder = Encoder(load, build_image_encoder, options.batch_size, options.dtype)
-    unit = "images" if len(names) == 1 else "views"
-    encode_missing(moments, all_keys(images), items, encoder, "encode images", unit)
+    return items
 
 
 def reconstruct(
@@ -187,6 +224,11 @@ def load_view(options: EncodeImages, value: tuple[bytes, Framing]) -> np.ndarray
     return load_pixels(*value, options.interpolation, options.jpeg_draft)
 
 
+def load_view_of_mask(value: tuple[bytes, Framing]) -> np.ndarray:
+    """(image, framing) -> (height, width) uint8."""
+    return load_mask(*value)
+
+
 def load_view_and_mean(
     options: EncodeImages, value: tuple[bytes, Framing, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -197,6 +239,7 @@ def load_view_and_mean(
 
 def write_report(
     groups: dict[str, list[FramedImage]],
+    nominal: list[FramedImage],
     left_out: list[LeftOut],
     reconstructions: list[Reconstruction],
     options: EncodeImages,
@@ -205,7 +248,7 @@ def write_report(
     fresh_directory(ENCODING_REPORT)
     write_left_out(ENCODING_REPORT / "left_out.jsonl", left_out)
     write_shapes(ENCODING_REPORT / "shapes.csv", list(groups.values()))
-    centre = {image.sample_id: image.views[0] for images in groups.values() for image in images}
+    centre = {image.sample_id: image.views[0] for image in nominal}
     drawn = worst(reconstructions)
     contents = read_images(PAIR_IMAGES, [each.sample_id for each in drawn])
     pictures = [load_view(options, (content, centre[name])) for name, content in contents.items()]

@@ -19,14 +19,22 @@ from stages.lib.frame.errors import StageError
 
 TRAIN, VALIDATION = "train", "validation"
 CAPTION_SCHEMA = pa.schema(
-    [("sample_id", pa.string()), ("captions", pa.list_(pa.string())), ("split", pa.string())]
+    [
+        ("sample_id", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("split", pa.string()),
+        ("repeats", pa.int32()),
+    ]
 )
 _ROWS, _IMAGES = b"rows_sha256", b"images_sha256"
 
 
 @dataclass(frozen=True)
 class SampleCaptions:
-    """The captions of one sample, one or more, and its split: "train" or "validation"."""
+    """The captions of one sample, one or more, and its split: "train" or "validation".
+
+    ``repeats``, 1 or more, is how often training draws it an epoch; a held-out sample counts once.
+    """
 
     sample_id: str
     captions: tuple[str, ...]
@@ -49,12 +57,13 @@ def write_captions(path: Path, samples: Iterable[SampleCaptions], images: str) -
         path: of the file.
         samples: of both splits.
         images: hash of the images that they belong to, see `image_shards.fingerprint_of_images`.
+
+    Raises:
+        StageError: if ``repeats`` of a sample is not a whole number of 1 or more.
     """
     ordered = sorted(samples, key=lambda sample: sample.sample_id)
-    rows = [
-        {"sample_id": sample.sample_id, "captions": list(sample.captions), "split": sample.split}
-        for sample in ordered
-    ]
+    _check_repeats(path, ordered)
+    rows = [{**vars(sample), "captions": list(sample.captions)} for sample in ordered]
     schema = CAPTION_SCHEMA.with_metadata({_ROWS: _hash_of(ordered, images), _IMAGES: images})
     table = pa.Table.from_pylist(rows, schema=schema)
     pq.write_table(table, path, compression="zstd", compression_level=3, write_page_checksum=True)
@@ -77,23 +86,33 @@ def read_captions_and_images(path: Path) -> tuple[list[SampleCaptions], str]:
     images = metadata.get(_IMAGES, b"").decode(errors="replace")
     try:
         samples = [
-            SampleCaptions(row["sample_id"], tuple(row["captions"]), row["split"])
+            SampleCaptions(row["sample_id"], tuple(row["captions"]), row["split"], row["repeats"])
             for row in sorted(table.to_pylist(), key=lambda row: row["sample_id"])
         ]
     except (TypeError, ValueError, KeyError) as error:  # of rows that are none of ours
         raise StageError(
-            f"{path}: expected sample_id, captions and split, got {error!r}; {remedy('prepare')}"
+            f"{path}: expected sample_id, captions, split and repeats, got {error!r}; {remedy('prepare')}"
         ) from error
     if metadata.get(_ROWS, b"").decode(errors="replace") != _hash_of(samples, images):
         raise StageError(
             f"{path}: expected the rows whose hash it carries, got {len(samples)} rows that are others; "
             f"{remedy('prepare')}"
         )
+    _check_repeats(path, samples)
     return samples, images
 
 
+def _check_repeats(path: Path, samples: Iterable[SampleCaptions]) -> None:
+    for sample in samples:
+        if type(sample.repeats) is not int or not 1 <= sample.repeats < 2**31:
+            raise StageError(
+                f"{path}: {sample.sample_id}: expected repeats of 1 or more, a whole number, got "
+                f"{sample.repeats!r}; see repeats in prepare.sources, and run `dvc repro prepare`"
+            )
+
+
 def _hash_of(samples: Sequence[SampleCaptions], images: str) -> str:
-    rows = [[sample.sample_id, *sample.captions, sample.split] for sample in samples]
+    rows = [[sample.sample_id, *sample.captions, sample.split, sample.repeats] for sample in samples]
     return hashlib.sha256(json.dumps([rows, images]).encode()).hexdigest()
 
 

@@ -60,6 +60,31 @@ def min_snr_weights(snr: torch.Tensor, snr_gamma: float | None, prediction_type:
             raise unknown_prediction_type(found)
 
 
-def sample_losses(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each sample, (B,) float32, whatever the prediction's dtype."""
-    return F.mse_loss(model_pred.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+def mask_weights(mask: torch.Tensor, mask_floor: float) -> torch.Tensor:
+    """Weight of each latent pixel's error, (B, 1, h, w) float32, with mean 1 in every sample.
+
+    ``weight = mask_floor + (1 - mask_floor) * mask``, divided by its mean: else a small object would be
+    learned at a lower rate than a large one, and one rate would not suit both. A sample that weighs
+    nothing at all gets zeros.
+
+    Args:
+        mask: (B, 1, h, w) in [0, 1], any float dtype.
+        mask_floor: 0 to 1; with 1 all weights are 1.
+    """
+    weights = mask_floor + (1.0 - mask_floor) * mask.float()
+    # A sum and a division, for a device's mean of ones need not be 1 exactly.
+    mean = weights.sum(dim=(1, 2, 3), keepdim=True) / weights[0].numel()
+    return weights / mean.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def sample_losses(
+    model_pred: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean squared error of each sample, (B,) float32, whatever the prediction's dtype.
+
+    Args:
+        model_pred, target: (B, 4, h, w).
+        weights: (B, 1, h, w), of each latent pixel's error; None weighs all alike.
+    """
+    errors = F.mse_loss(model_pred.float(), target.float(), reduction="none")  # (B, 4, h, w)
+    return (errors if weights is None else errors * weights).flatten(1).mean(dim=1)

@@ -6,8 +6,9 @@ say about a view, so its text is part of the key under which the view is encoded
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,10 +45,11 @@ class Framing:
 
 @dataclass(frozen=True, slots=True)
 class FramedImage:
-    """An image and the views that are kept of it, all of one size."""
+    """An image and the views that are kept of it for one resolution, all of one size."""
 
     entry: ImageEntry
     views: list[Framing]
+    resolution: int
 
     @property
     def sample_id(self) -> str:
@@ -82,52 +84,76 @@ class LeftOut(NamedTuple):
 
 
 def frame_images(
-    entries: Sequence[ImageEntry], sizes: Sequence[Size], options: EncodeImages
+    entries: Sequence[ImageEntry], sizes_of: Mapping[int, Sequence[Size]], options: EncodeImages
 ) -> tuple[list[FramedImage], list[LeftOut]]:
-    """The views of each image, and the images that would have to be enlarged too much."""
+    """The views of each image for each resolution, and the images that all would enlarge too much.
+
+    Args:
+        entries: of the images.
+        sizes_of: resolution -> shapes, as `allowed_sizes` gives them.
+        options: which views, and how much an image may be enlarged.
+
+    Returns:
+        By image, and of an image in the order of the resolutions: the first is its nominal one.
+    """
     framed, left_out = [], []
     for entry in entries:
         image = Size(entry.width, entry.height)
-        size = nearest_size(image, sizes, options.max_upscale)
-        if size is None:
-            least = min(upscale(image, allowed) for allowed in sizes)
+        fitting = [
+            FramedImage(entry, framings(image, size, entry.image_sha256, options), resolution)
+            for resolution, sizes in sizes_of.items()
+            if (size := nearest_size(image, sizes, options.max_upscale)) is not None
+        ]
+        if not fitting:
+            least = min(upscale(image, allowed) for sizes in sizes_of.values() for allowed in sizes)
             limit = f"encode_images.max_upscale is {options.max_upscale:g}"
             left_out.append(
                 LeftOut(entry.sample_id, f"{image} pixels would be enlarged {least:.2f} times, {limit}")
             )
-        else:
-            framed.append(FramedImage(entry, framings(image, size, entry.image_sha256, options)))
+        framed += fitting
     return framed, left_out
 
 
-def allowed_sizes(options: EncodeImages) -> list[Size]:
-    """The shapes that images are cropped to: one square, those listed, or those found by `auto_sizes`."""
+def nominal_views(images: Iterable[FramedImage]) -> list[FramedImage]:
+    """Each image once, in the first of the resolutions that it is framed for."""
+    first: dict[str, FramedImage] = {}
+    for image in images:
+        first.setdefault(image.sample_id, image)
+    return list(first.values())
+
+
+def allowed_sizes(options: EncodeImages, factor: int) -> dict[int, list[Size]]:
+    """Resolution -> the shapes that images are cropped to; one that two resolutions share is the first's.
+
+    These are a square, those found by `auto_sizes`, or those listed, which stand for one nominal resolution:
+    the side of the square of the median of their areas.
+
+    Args:
+        options: which shapes.
+        factor: downsampling factor of the VAE, which a nominal resolution is a multiple of.
+    """
     if options.buckets == "square":
-        return [Size(options.resolution, options.resolution)]
-    if options.buckets == "sizes":
-        return [Size(*pair) for pair in sorted(set(options.bucket_sizes))]
-    return auto_sizes(options.resolution, options.bucket_step, options.max_aspect)
+        return {side: [Size(side, side)] for side in options.resolution}
+    if options.buckets == "auto":
+        step, max_aspect = options.bucket_step, options.max_aspect
+        found: dict[int, list[Size]] = {}
+        for side in options.resolution:
+            taken = set(itertools.chain.from_iterable(found.values()))  # rarely, and by a large max_aspect
+            found[side] = [size for size in auto_sizes(side, step, max_aspect) if size not in taken]
+        return found
+    areas = sorted(width * height for width, height in options.bucket_sizes)
+    nominal = max(1, round(math.sqrt(areas[len(areas) // 2]) / factor)) * factor
+    return {nominal: [Size(*pair) for pair in sorted(set(options.bucket_sizes))]}
 
 
-def check_sizes(sizes: list[Size], factor: int) -> None:
+def check_sizes(sizes_of: Mapping[int, Sequence[Size]], factor: int) -> None:
     """Raise StageError if a shape does not divide by the VAE's downsampling factor."""
-    for size in sizes:
+    for size in itertools.chain.from_iterable(sizes_of.values()):
         if size.width % factor or size.height % factor:
             raise StageError(
                 f"params.yaml: encode_images allows {size} pixels, expected multiples of {factor}, the VAE's "
                 "downsampling factor; see resolution, bucket_sizes and bucket_step"
             )
-
-
-def nominal_resolution(options: EncodeImages, factor: int) -> int:
-    """Side of the square that stands for all shapes, in pixels, a multiple of the VAE's ``factor``.
-
-    ``resolution``; with ``buckets: sizes``, which leaves that aside, of the median of their areas.
-    """
-    if options.buckets != "sizes":
-        return options.resolution
-    areas = sorted(width * height for width, height in options.bucket_sizes)
-    return max(1, round(math.sqrt(areas[len(areas) // 2]) / factor)) * factor
 
 
 def auto_sizes(resolution: int, step: int, max_aspect: float) -> list[Size]:

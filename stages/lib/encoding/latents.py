@@ -30,23 +30,29 @@ class Bucket:
     Attributes:
         sample_ids: N names, sorted.
         mean, logvar: (N, V, 4, h, w) float16, unscaled; in memory, or read when asked for.
+        mask: (N, V, 1, h, w) float16 in [0, 1], weights of the training loss, where images have masks.
+        rank: place of their resolution among several, 0 for the first.
     """
 
     sample_ids: list[str]
     mean: torch.Tensor | StoredRows
     logvar: torch.Tensor | StoredRows
+    mask: torch.Tensor | StoredRows | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True)
 class Latents:
     """All moments of a data set.
 
-    Rows are numbered through the buckets, in their order; a batch is made of one bucket.
+    Rows are numbered through the buckets, in their order; a batch is made of one bucket. Of an image in
+    several resolutions each has a row, the nominal one is that of the first that it is there in.
 
     Attributes:
         buckets: one for each shape; only one where all images are cropped to a square.
         left_out: names of the images that are in no bucket, because none fits.
-        resolution: pixels; with several shapes the side of a square that stands for them.
+        resolution: pixels; with several shapes the side of a square that stands for them, with several
+            resolutions the first of them.
         scaling_factor: of the VAE's config, 0.18215 for SD 1 and 2.
         shift_factor: of the VAE's config, 0 where it has none.
         model_fingerprint: of the VAE.
@@ -76,13 +82,17 @@ class Latents:
         return [sample for sample in samples if sample.sample_id not in self.left_out]
 
     def rows(self, sample_ids: Sequence[str]) -> torch.Tensor:
-        """Row numbers of ``sample_ids``, int64.
+        """Row numbers of ``sample_ids``, int64: of each image its nominal one.
 
         Raises:
             StageError: if a sample was never encoded.
         """
+        return torch.tensor([rows[0] for rows in self.rows_of_each(sample_ids)], dtype=torch.int64)
+
+    def rows_of_each(self, sample_ids: Sequence[str]) -> list[list[int]]:
+        """As `rows`, of each image all that it has, in the order of the resolutions."""
         try:
-            return torch.tensor([self._row_of[sample_id] for sample_id in sample_ids], dtype=torch.int64)
+            return [self._rows_of[sample_id] for sample_id in sample_ids]
         except KeyError as error:
             raise StageError(
                 f"{LATENTS}: sample {error} is not encoded; run `dvc repro encode_images`"
@@ -100,15 +110,27 @@ class Latents:
         bucket, rows = self.buckets[number], rows - self._first_rows[number]
         return to_device(bucket.mean[rows, views], device), to_device(bucket.logvar[rows, views], device)
 
+    def masks(
+        self, rows: torch.Tensor, views: torch.Tensor | int, device: torch.device
+    ) -> torch.Tensor | None:
+        """mask of (B,) rows of one bucket on ``device``, (B, 1, h, w); None where there are no masks."""
+        number = int(self.bucket_of(rows[0]))
+        mask = self.buckets[number].mask
+        return None if mask is None else to_device(mask[rows - self._first_rows[number], views], device)
+
     @functools.cached_property
     def _first_rows(self) -> torch.Tensor:
         counts = [0, *(len(bucket.sample_ids) for bucket in self.buckets[:-1])]
         return torch.tensor(counts).cumsum(0)
 
     @functools.cached_property
-    def _row_of(self) -> dict[str, int]:
-        names = (sample_id for bucket in self.buckets for sample_id in bucket.sample_ids)
-        return {sample_id: row for row, sample_id in enumerate(names)}
+    def _rows_of(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        first_rows = zip(self.buckets, self._first_rows.tolist(), strict=True)
+        for bucket, first_row in sorted(first_rows, key=lambda each: each[0].rank):
+            for row, sample_id in enumerate(bucket.sample_ids, first_row):
+                found.setdefault(sample_id, []).append(row)
+        return found
 
 
 def read_latents(path: Path = LATENTS, resident: bool = True) -> Latents:
@@ -123,18 +145,25 @@ def read_latents(path: Path = LATENTS, resident: bool = True) -> Latents:
     """
     store = open_store(path, "encode_images")
     attributes = attributes_of(store)
+    rank_of = {
+        name: attributes["resolutions"].index(resolution)
+        for name, resolution in attributes.get("resolution_of", {}).items()
+    }
 
-    def moment(name: str) -> torch.Tensor | StoredRows:
+    def array(name: str) -> torch.Tensor | StoredRows:
         if not resident:
             return StoredRows(path, store, name)
         return torch.from_numpy(read_array(path, store, name, "encode_images"))
 
-    def bucket(prefix: str) -> Bucket:
+    def bucket(group: str) -> Bucket:
+        prefix = f"{group}/" if group else ""
         sample_ids = read_array(path, store, f"{prefix}sample_id", "encode_images").tolist()
-        return Bucket(sample_ids, moment(f"{prefix}mean"), moment(f"{prefix}logvar"))
+        mean, logvar = array(f"{prefix}mean"), array(f"{prefix}logvar")
+        mask = array(f"{prefix}mask") if "masks" in attributes else None
+        return Bucket(sample_ids, mean, logvar, mask, rank_of.get(group, 0))
 
     return Latents(
-        buckets=[bucket(f"{name}/") for name in sorted(store.group_keys())] or [bucket("")],
+        buckets=[bucket(name) for name in sorted(store.group_keys())] or [bucket("")],
         left_out=frozenset(attributes["left_out"]),
         resolution=int(attributes["resolution"]),
         scaling_factor=float(attributes["scaling_factor"]),

@@ -20,8 +20,8 @@ from stages.lib.store.zarr_store import ArraySpec, create_store, finish_store, s
 
 
 def by_shape(images: list[FramedImage], options: EncodeImages) -> dict[str, list[FramedImage]]:
-    """Where in the store -> images: the root without buckets, else a group a shape."""
-    if options.buckets == "square":
+    """Where in the store -> images: the root where there is one shape, else a group a shape."""
+    if options.buckets == "square" and len(options.resolution) == 1:
         return {"": images}
     groups: dict[str, list[FramedImage]] = defaultdict(list)
     for image in images:
@@ -29,14 +29,20 @@ def by_shape(images: list[FramedImage], options: EncodeImages) -> dict[str, list
     return dict(sorted(groups.items()))
 
 
+def resolution_of_each(groups: dict[str, list[FramedImage]]) -> dict[str, int]:
+    """Group of the store -> the resolution of its images."""
+    return {name.rstrip("/"): images[0].resolution for name, images in groups.items()}
+
+
 def write_latents(
     moments: WorkStore,
+    masks: WorkStore | None,
     groups: dict[str, list[FramedImage]],
     attributes: dict[str, Any],
     factor: int,
     latent_channels: int,
 ) -> set[str]:
-    """data/latents.zarr: moments and names, each group in ``sample_id`` order.
+    """data/latents.zarr: moments, masks where there are any, and names, each group in ``sample_id`` order.
 
     Returns:
         Keys of the views that overflowed in the dtype of the params, and were encoded in float32.
@@ -48,11 +54,13 @@ def write_latents(
         shape = (len(images), len(images[0].views), latent_channels, height, width)
         schema[f"{name}mean"] = ArraySpec(shape, np.float16, dimensions)
         schema[f"{name}logvar"] = ArraySpec(shape, np.float16, dimensions)
+        if masks is not None:
+            schema[f"{name}mask"] = ArraySpec((*shape[:2], 1, height, width), np.float16, dimensions)
         schema[f"{name}sample_id"] = ArraySpec(shape[:1], str, ("sample",))
     store = create_store(LATENTS, schema, attributes)
     redone: set[str] = set()
     for name, images in groups.items():
-        write_rows(subgroup(store, name.rstrip("/")), _sample_rows(moments, images, redone))
+        write_rows(subgroup(store, name.rstrip("/")), _sample_rows(moments, masks, images, redone))
     finish_store(LATENTS, store)
     return redone
 
@@ -61,14 +69,20 @@ def all_keys(images: Sequence[FramedImage]) -> list[str]:
     return [key for image in images for key in image.keys]
 
 
-def _sample_rows(moments: WorkStore, images: list[FramedImage], redone: set[str]) -> Iterator[Row]:
+def _sample_rows(
+    moments: WorkStore, masks: WorkStore | None, images: list[FramedImage], redone: set[str]
+) -> Iterator[Row]:
     """Each image's views side by side, (V, 4, h, w), and its name; adds redone views' keys to ``redone``."""
     rows = moments.rows(all_keys(images))
+    mask_rows = None if masks is None else masks.rows(all_keys(images))
     for image in images:
         views = [next(rows) for _ in image.views]
         redone.update(key for key, view in zip(image.keys, views, strict=True) if view.get("redone"))
-        yield {
+        row = {
             "mean": np.stack([view["mean"] for view in views]),
             "logvar": np.stack([view["logvar"] for view in views]),
             "sample_id": np.asarray(image.sample_id, np.dtypes.StringDType()),
         }
+        if mask_rows is not None:
+            row["mask"] = np.stack([next(mask_rows)["mask"] for _ in image.views])
+        yield row

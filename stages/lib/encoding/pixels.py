@@ -1,17 +1,18 @@
-"""From a stored image to the pixels that the VAE sees."""
+"""From a stored image to the pixels that the VAE sees, and to the mask that weighs them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from stages.lib.data.pictures.decoding import decoded
+from stages.lib.data.pictures.decoding import alpha_of, decoded
 from stages.lib.encoding.framing import Framing
+from stages.lib.store.blocks import Row
 
 _RESIZED_WHOLE = 4  # times the view's pixels: a picture that is resized to more is not resized as a whole
 _SUPPORT = 3  # of the widest filter, Lanczos, in pixels of the smaller picture
@@ -32,6 +33,37 @@ def load_pixels(image: bytes, framing: Framing, interpolation: str, jpeg_draft: 
     picture = decoded(image, framing.resized if jpeg_draft else None)
     pixels = np.asarray(_view(picture, framing, Image.Resampling[interpolation.upper()]))
     return pixels[:, ::-1] if framing.flipped else pixels
+
+
+def load_mask(image: bytes, framing: Framing) -> np.ndarray:
+    """The opacity of what `load_pixels` gives, (height, width) uint8: 255 where the image has none of it.
+
+    It is resized by areas, whatever the filter of the colours: no filter that overshoots makes a mask.
+    """
+    alpha = alpha_of(image)
+    if alpha is None:
+        return np.full((framing.size.height, framing.size.width), 255, np.uint8)
+    opacity = np.asarray(_view(alpha, framing, Image.Resampling.BOX))
+    return opacity[:, ::-1] if framing.flipped else opacity
+
+
+def build_mask_encoder(factor: int, device: str, dtype: str) -> Callable[[Sequence[np.ndarray]], list[Row]]:
+    """Masks (height, width) uint8 -> mask, (1, h, w) float16 in [0, 1], the mean over each latent's pixels.
+
+    Args:
+        factor: pixels a side of a latent pixel.
+        device, dtype: as every encoder takes them; means are taken in float64 on the CPU.
+    """
+
+    def encode(masks: Sequence[np.ndarray]) -> list[Row]:
+        return [{"mask": _block_means(mask, factor)[None].astype(np.float16)} for mask in masks]
+
+    return encode
+
+
+def _block_means(mask: np.ndarray, factor: int) -> np.ndarray:
+    height, width = (side // factor for side in mask.shape)
+    return mask.reshape(height, factor, width, factor).mean(axis=(1, 3), dtype=np.float64) / 255
 
 
 def _view(picture: Image.Image, framing: Framing, filter_: Image.Resampling) -> Image.Image:

@@ -25,7 +25,7 @@ from stages.lib.frame.params import Train
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What may be drawn.
+    """What may be drawn. An image in several resolutions is a sample in each of them.
 
     Attributes:
         sample_ids: S names.
@@ -35,6 +35,7 @@ class TrainingSet:
         num_views: views stored of each image.
         buckets: (S,) int64 number of each sample's bucket.
         latent_shapes: (4, h, w) of each bucket.
+        repeats: (S,) int64, 1 or more: how often an epoch draws each sample.
     """
 
     sample_ids: list[str]
@@ -44,19 +45,21 @@ class TrainingSet:
     num_views: int
     buckets: torch.Tensor
     latent_shapes: Sequence[Sequence[int]]
+    repeats: torch.Tensor
 
     @functools.cached_property
     def members(self) -> list[list[int]]:
-        """Positions of the samples of each bucket."""
+        """What an epoch draws of each bucket: positions of its samples, each as often as it is repeated."""
         return [
-            (self.buckets == number).nonzero().flatten().tolist() for number in range(len(self.latent_shapes))
+            torch.repeat_interleave(positions, self.repeats[positions]).tolist()
+            for number in range(len(self.latent_shapes))
+            for positions in [(self.buckets == number).nonzero().flatten()]
         ]
 
     @property
-    def main_shape(self) -> tuple[int, ...]:
-        """(4, h, w) of the bucket with most samples."""
-        numbers = range(len(self.members))
-        return tuple(self.latent_shapes[max(numbers, key=lambda number: len(self.members[number]))])
+    def num_draws(self) -> int:
+        """Samples drawn in an epoch, each as often as it is repeated."""
+        return sum(map(len, self.members))
 
     def num_steps(self, num_epochs: int, batch_size: int) -> int:
         """Optimizer steps of some epochs; what fills no batch of one shape is left to the next."""
@@ -66,21 +69,26 @@ class TrainingSet:
 def training_set(samples: list[SampleCaptions], latents: Latents, conditioning: Conditioning) -> TrainingSet:
     """The samples of the training split, joined to their latents and captions by name.
 
+    An image is drawn from each of the resolutions that it is there in.
+
     Raises:
         StageError: if there is none, or one was not encoded.
     """
     chosen = [sample for sample in samples if sample.split == "train"]
     if not chosen:
         raise StageError(f"{PAIR_CAPTIONS}: expected samples to train on, got none; run `dvc repro prepare`")
-    rows = latents.rows([sample.sample_id for sample in chosen])
+    rows_of_each = latents.rows_of_each([sample.sample_id for sample in chosen])
+    rows = torch.tensor([row for rows in rows_of_each for row in rows])
+    drawn = [sample for sample, rows in zip(chosen, rows_of_each, strict=True) for _ in rows]
     return TrainingSet(
-        sample_ids=[sample.sample_id for sample in chosen],
+        sample_ids=[sample.sample_id for sample in drawn],
         latent_rows=rows,
-        caption_rows=[conditioning.rows(list(sample.captions)).tolist() for sample in chosen],
+        caption_rows=[conditioning.rows(list(sample.captions)).tolist() for sample in drawn],
         empty_row=conditioning.empty_row,
         num_views=latents.num_views,
         buckets=latents.bucket_of(rows),
         latent_shapes=[bucket.mean.shape[2:] for bucket in latents.buckets],
+        repeats=torch.tensor([sample.repeats for sample in drawn]),
     )
 
 
@@ -96,7 +104,7 @@ def num_train_steps(options: Train, data: TrainingSet) -> int:
     num_steps = data.num_steps(options.num_train_epochs, options.train_batch_size)
     if not num_steps or num_steps < options.lr_warmup_steps:
         raise StageError(
-            f"params.yaml: train.num_train_epochs {options.num_train_epochs} of {len(data.sample_ids)} "
+            f"params.yaml: train.num_train_epochs {options.num_train_epochs} of {data.num_draws} "
             f"samples make {num_steps} steps of train_batch_size {options.train_batch_size}: expected at "
             f"least one, and no fewer than lr_warmup_steps {options.lr_warmup_steps}; "
             "set more epochs or a shorter warm-up"
@@ -151,10 +159,10 @@ def draw_batch(
 ) -> Batch:
     """Draw the batch of one optimizer step.
 
-    Samples of a bucket follow one permutation an epoch, so that each is seen once before any is seen
-    twice; buckets come in a random order, each as often as its share of the samples asks. Of several
-    views and captions one of each is drawn; ``caption_dropout`` of the samples get the empty
-    caption (Ho and Salimans 2022, algorithm 1).
+    Samples of a bucket follow one permutation an epoch, of all their repeats together, so that each has
+    had its turns before any has more; buckets come in a random order, each as often as its share of
+    the turns asks. Of several views and captions one of each is drawn; ``caption_dropout`` of the
+    samples get the empty caption (Ho and Salimans 2022, algorithm 1).
     """
     seed, batch_size = options.seed, options.train_batch_size
     sizes = tuple(map(len, training_set.members))

@@ -33,6 +33,7 @@ class Part:
         posterior_noise, noise, input_noise: (B, 4, h, w) float32; see `Batch`.
         timesteps: (B,) int64.
         encoder_hidden_states: (B, num_chunks * 77, D) float32.
+        mask: (B, 1, h, w) float16 in [0, 1], None where images have no masks.
     """
 
     batch: Batch
@@ -43,6 +44,7 @@ class Part:
     input_noise: torch.Tensor
     timesteps: torch.Tensor
     encoder_hidden_states: torch.Tensor
+    mask: torch.Tensor | None
 
 
 def load_part(batch: Batch, latents: Latents, conditioning: Conditioning, device: torch.device) -> Part:
@@ -57,6 +59,7 @@ def load_part(batch: Batch, latents: Latents, conditioning: Conditioning, device
         input_noise=to_device(batch.input_noise, device),
         timesteps=to_device(batch.timesteps, device),
         encoder_hidden_states=conditioning.states(batch.caption_rows, device),
+        mask=latents.masks(batch.latent_rows, batch.views, device),
     )
 
 
@@ -74,6 +77,13 @@ class TrainingData:
     conditioning: Conditioning
     samples: list[SampleCaptions]
     training_set: TrainingSet
+
+    @property
+    def main_shape(self) -> tuple[int, ...]:
+        """(4, h, w) that most images to train on have, each in its nominal resolution."""
+        rows = self.latents.rows(list(dict.fromkeys(self.training_set.sample_ids)))
+        most = int(self.latents.bucket_of(rows).bincount().argmax())  # of several the first
+        return tuple(self.training_set.latent_shapes[most])
 
     def parts_of_step(
         self,

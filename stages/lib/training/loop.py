@@ -11,7 +11,13 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from stages.lib.diffusion.loss import denoising_target, min_snr_weights, sample_losses, signal_to_noise
+from stages.lib.diffusion.loss import (
+    denoising_target,
+    mask_weights,
+    min_snr_weights,
+    sample_losses,
+    signal_to_noise,
+)
 from stages.lib.diffusion.noise import sample_latents
 from stages.lib.diffusion.validation import validation_losses
 from stages.lib.frame.params import Params, Train
@@ -47,7 +53,7 @@ def train_step(
     """One optimizer step over this process's parts of the batch.
 
     Returns:
-        Of each part the unweighted losses and their weights, (B,) each, and the gradient norm
+        Of each part the losses, weighted by masks alone, and their weights, (B,) each, and the gradient norm
         before clipping.
     """
     all_losses = []
@@ -60,7 +66,8 @@ def train_step(
             target = denoising_target(scheduler, latents, part.noise, part.timesteps)
             model_pred = model(noisy_latents, part.timesteps, part.encoder_hidden_states).sample
 
-            losses = sample_losses(model_pred, target)  # (B,)
+            pixel_weights = None if part.mask is None else mask_weights(part.mask, options.mask_floor)
+            losses = sample_losses(model_pred, target, pixel_weights)  # (B,)
             snr = signal_to_noise(scheduler.alphas_cumprod, part.timesteps)
             weights = min_snr_weights(snr, options.snr_gamma, scheduler.config.prediction_type)
             accelerator.backward((losses * weights).mean())
@@ -206,7 +213,7 @@ class Watch:
                 self.learner.forward,
                 self.sampling,
                 self.data.conditioning,
-                self.data.training_set.main_shape,
+                self.data.main_shape,
                 self.learner.accelerator.device,
                 num_steps,
             )

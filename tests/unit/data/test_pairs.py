@@ -163,10 +163,38 @@ def test_left_out_images_leave_no_row(tmp_path: Path) -> None:
 
 
 def test_captions_come_back_sorted(tmp_path: Path) -> None:
-    samples = [SampleCaptions("b", ("two", "one"), "train"), SampleCaptions("a", ("x",), "validation")]
+    samples = [SampleCaptions("b", ("two", "one"), "train", 3), SampleCaptions("a", ("x",), "validation")]
     write_captions(tmp_path / "captions.parquet", samples, "a" * 64)
     assert read_captions(tmp_path / "captions.parquet") == samples[::-1]
     assert read_captions_and_images(tmp_path / "captions.parquet")[1] == "a" * 64
+
+
+@pytest.mark.parametrize("repeats", [0, -1, 2.0, True, None, "2", 2**31])
+def test_repeats_that_are_no_count_are_refused(tmp_path: Path, repeats: object) -> None:
+    path = tmp_path / "captions.parquet"
+    sample = SampleCaptions("b.png", ("two",), "train", repeats)  # type: ignore[arg-type]
+    with pytest.raises(StageError, match=rf"b\.png: expected repeats of 1 or more, .*got {repeats!r}"):
+        write_captions(path, [SampleCaptions("a.png", ("one",), "train"), sample], "a" * 64)
+    assert not path.exists()
+
+
+def test_captions_before_there_were_repeats_are_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "captions.parquet"
+    rows = [{"sample_id": "a.png", "captions": ["one"], "split": "train"}]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(StageError, match=r"expected the columns .*repeats int32, found .*dvc repro prepare"):
+        read_captions(path)
+
+
+@pytest.mark.parametrize("repeats", [None, 0, 5])
+def test_repeats_that_were_changed_in_the_file_are_told(tmp_path: Path, repeats: int | None) -> None:
+    path = tmp_path / "captions.parquet"
+    write_captions(path, [SampleCaptions("a.png", ("one",), "train", 2)], "a" * 64)
+    table = pq.read_table(path)
+    column = pa.array([repeats], pa.int32())
+    pq.write_table(table.set_column(3, table.schema.field("repeats"), column), path)
+    with pytest.raises(StageError, match=r"captions\.parquet: expected"):
+        read_captions(path)
 
 
 def test_every_flipped_bit_of_the_captions_is_found_or_says_nothing(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from stages.lib.encoding.framing import (
     frame_images,
     framings,
     nearest_size,
+    nominal_views,
     view_names,
 )
 from stages.lib.encoding.pixels import load_pixels, scaled_pixels
@@ -145,10 +146,15 @@ def test_auto_shapes_keep_to_the_budget_by_exhaustive_search():
 
 
 def test_the_sizes_of_the_params():
-    assert allowed_sizes(options(resolution=64)) == [(64, 64)]
-    listed = options(buckets="sizes", bucket_sizes=((96, 64), (64, 64), (96, 64)))
-    assert allowed_sizes(listed) == [(64, 64), (96, 64)]
-    assert allowed_sizes(options(buckets="auto", resolution=64, bucket_step=32)) == auto_sizes(64, 32, 2.0)
+    assert allowed_sizes(options(resolution=(64,)), 8) == {64: [(64, 64)]}
+    several = allowed_sizes(options(resolution=(96, 64)), 8)
+    assert list(several.items()) == [(96, [(96, 96)]), (64, [(64, 64)])]
+    listed = options(buckets="sizes", bucket_sizes=((96, 64), (64, 64), (96, 64)), resolution=(16, 32))
+    assert allowed_sizes(listed, 8) == {80: [(64, 64), (96, 64)]}  # 78.4 squared is 96 * 64
+    assert allowed_sizes(listed, 4) == {80: [(64, 64), (96, 64)]}
+    assert allowed_sizes(listed, 2) == {78: [(64, 64), (96, 64)]}
+    auto = options(buckets="auto", resolution=(64, 96), bucket_step=32)
+    assert allowed_sizes(auto, 8) == {64: auto_sizes(64, 32, 2.0), 96: auto_sizes(96, 32, 2.0)}
 
 
 def test_the_nearest_aspect_wins_and_then_the_largest():
@@ -167,12 +173,51 @@ def test_images_are_not_enlarged_beyond_the_limit():
     assert nearest_size(Size(100, 100), sizes, 1.27) == (64, 64)
     assert nearest_size(Size(30, 100), sizes, 2.0) is None
     entries = [ImageEntry("small", "a", 30, 30), ImageEntry("large", "b", 90, 60)]
-    framed, left_out = frame_images(entries, [Size(64, 64)], options(max_upscale=2.0))
+    framed, left_out = frame_images(entries, {64: [Size(64, 64)]}, options(max_upscale=2.0))
     assert [image.sample_id for image in framed] == ["large"]
     assert left_out[0].sample_id == "small"
     assert "30x30 pixels would be enlarged 2.13 times" in left_out[0].reason
     assert framed[0].upscaled == pytest.approx(64 / 60)
     assert framed[0].cropped_fraction == pytest.approx(1 - 64 / 96)
+
+
+def test_an_image_is_framed_for_each_resolution_that_it_is_large_enough_for():
+    sizes_of = {96: [Size(96, 96)], 64: [Size(64, 64)], 32: [Size(32, 32)]}
+    entries = [ImageEntry(f"{side}.png", str(side), side, side) for side in (20, 40, 70, 100)]
+    framed, left_out = frame_images(entries, sizes_of, options(max_upscale=1.0))
+    assert [(image.sample_id, image.resolution, image.size) for image in framed] == [
+        ("40.png", 32, (32, 32)),
+        ("70.png", 64, (64, 64)),
+        ("70.png", 32, (32, 32)),
+        ("100.png", 96, (96, 96)),
+        ("100.png", 64, (64, 64)),
+        ("100.png", 32, (32, 32)),
+    ]
+    assert left_out == [
+        ("20.png", "20x20 pixels would be enlarged 1.60 times, encode_images.max_upscale is 1")
+    ]
+    nominal = [(image.sample_id, image.resolution) for image in nominal_views(framed)]
+    assert nominal == [("40.png", 32), ("70.png", 64), ("100.png", 96)]
+
+
+def test_views_of_a_resolution_are_those_of_it_alone():
+    """So their rows in the work store are, and a resolution more encodes nothing again."""
+    chosen = options(random_crops=2, horizontal_flip=True, buckets="auto", resolution=(64, 96))
+    entries = [ImageEntry(f"{width}.png", str(width), width, 100) for width in range(60, 190, 10)]
+    both, _ = frame_images(entries, allowed_sizes(chosen, 8), chosen)
+    for side in (64, 96):
+        alone, _ = frame_images(entries, {side: auto_sizes(side, 16, 2.0)}, chosen)
+        assert [image for image in both if image.resolution == side] == alone
+
+
+def test_a_shape_that_two_resolutions_share_is_the_first_ones():
+    chosen = options(buckets="auto", resolution=(160, 144), bucket_step=16, max_aspect=8.7)
+    shared = {Size(26 * 16, 3 * 16), Size(3 * 16, 26 * 16)}
+    of_each = [set(auto_sizes(side, 16, 8.7)) for side in (160, 144)]
+    assert of_each[0] & of_each[1] == shared
+    found = allowed_sizes(chosen, 8)
+    assert set(found[160]) == of_each[0]
+    assert set(found[144]) == of_each[1] - shared
 
 
 def jpeg(image: Image.Image) -> bytes:
@@ -209,9 +254,9 @@ def test_params_of_shapes_are_checked(tmp_path: Path):
 def test_of_a_long_picture_only_the_kept_box_is_resized(size: tuple[int, int], filter_: str) -> None:
     """Within a level of the whole picture resized and cropped, as torchvision does it."""
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    chosen = changed(options(), interpolation=filter_, random_crops=3, resolution=64)
+    chosen = changed(options(), interpolation=filter_, random_crops=3)
     entry = ImageEntry("a", "0" * 64, *size)
-    (framed,), _ = frame_images([entry], [Size(64, 64)], chosen)
+    (framed,), _ = frame_images([entry], {64: [Size(64, 64)]}, chosen)
     for view in framed.views:
         assert math.prod(view.resized) > 4 * math.prod(view.size)
         found = load_pixels(png(Image.fromarray(noise)), view, filter_, False).astype(int)
@@ -224,7 +269,7 @@ def test_of_a_long_picture_only_the_kept_box_is_resized(size: tuple[int, int], f
 def test_memory_of_a_view_is_bounded_by_its_target(size: tuple[int, int]) -> None:
     """Resized as a whole, the first would be of 15,360,000 x 512 pixels."""
     entry = ImageEntry("a", "0" * 64, *size)
-    (framed,), _ = frame_images([entry], [Size(512, 512)], changed(options(), resolution=512))
+    (framed,), _ = frame_images([entry], {512: [Size(512, 512)]}, options())
     picture = Image.new("RGB", size, (10, 20, 30))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     pixels = load_pixels(png(picture), framed.views[0], "lanczos", False)

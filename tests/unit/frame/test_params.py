@@ -84,7 +84,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
         "evaluate.guidance_scale[2]: expected a number, got 'much'",
         "encode_images.bucket_sizes[1][1]: expected a number of 16 or more, got 8",
         "encode_captions.clip_skip: expected a number of 1 or more, or null, got 0",
-        "encode_images.resolution: expected a whole number, got 64.5",
+        "encode_images.resolution: expected a whole number, or a list of such, got 64.5",
         "prepare.max_rejected_fraction: expected a number from 0 to 1, got 1.5",
         "train.adam_beta1: expected a number from 0 to 1, not 1, got 1",
     ):
@@ -299,3 +299,35 @@ def test_a_file_that_is_not_utf8_is_one_error(tmp_path, content):
     (tmp_path / "params.yaml").write_bytes(content)
     with pytest.raises(StageError, match=r"params\.yaml: (expected UTF-8|not valid YAML)"):
         read_params(tmp_path / "params.yaml")
+
+
+# --- one value or several
+
+
+@pytest.mark.parametrize(
+    ("value", "read"), [(64, (64,)), ("64", (64,)), ([64], (64,)), ([96, "64"], (96, 64))]
+)
+def test_of_one_or_several_values_one_is_a_list_of_one(tmp_path, value, read):
+    path = write(tmp_path / "p.yaml", encode_images__resolution=value)
+    assert read_params(path).encode_images.resolution == read
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (8, "resolution: expected a number of 16 or more, or a list of such, got 8"),
+        (None, "resolution: expected a whole number, or a list of such, got None"),
+        ([64, 8], "resolution[1]: expected a number of 16 or more, got 8"),
+        ([64, "much"], "resolution[1]: expected a whole number, got 'much'"),
+        ([64, [96]], "resolution[1]: expected a whole number, got [96]"),
+        ([], "resolution: expected a list of one or more values, got []"),
+        ([64, 96, 64], "resolution: expected each of the list once, got (64, 96, 64)"),
+        (72, "resolution: expected a multiple of bucket_step 16, for buckets: auto, got 72"),
+        ([64, 72], "resolution: expected multiples of bucket_step 16, for buckets: auto, got (64, 72)"),
+    ],
+)
+def test_problems_of_one_or_several_values(tmp_path, value, message):
+    path = write(tmp_path / "p.yaml", encode_images__resolution=value, encode_images__buckets="auto")
+    with pytest.raises(StageError) as caught:
+        read_params(path)
+    assert str(caught.value).splitlines()[1:] == [f"  encode_images.{message}"]

@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from stages.lib.core.draws import generator, unit_interval
+from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import read_params
-from stages.lib.training.batches import TrainingSet, bucket_turn, draw_batch, parts_of_process
+from stages.lib.training.batches import (
+    TrainingSet,
+    bucket_turn,
+    draw_batch,
+    num_train_steps,
+    parts_of_process,
+)
 from tests.conftest import REPOSITORY, changed
 
 OPTIONS = changed(read_params(REPOSITORY / "params.yaml").train, train_batch_size=8, caption_dropout=0.0)
@@ -22,6 +29,7 @@ def training_set(num_samples: int = 20, captions: int = 1) -> TrainingSet:
         num_views=2,
         buckets=torch.zeros(num_samples, dtype=torch.int64),
         latent_shapes=[(4, 2, 2)],
+        repeats=torch.ones(num_samples, dtype=torch.int64),
     )
 
 
@@ -213,3 +221,60 @@ def test_stratified_timesteps_fall_one_into_each_part_of_the_schedule():
     parts = (draw(0, timestep_sampling="stratified").timesteps * 8 // 1000).tolist()
     assert sorted(parts) == list(range(8))
     assert sorted((draw(0).timesteps * 8 // 1000).tolist()) != list(range(8))
+
+
+# --- repeats
+
+
+def repeated(repeats: list[int]) -> TrainingSet:
+    return changed(training_set(len(repeats)), repeats=torch.tensor(repeats))
+
+
+def test_an_epoch_is_one_permutation_of_all_repeats_together():
+    repeats = [1, 3, 1, 2, 5]
+    data, options = repeated(repeats), changed(OPTIONS, train_batch_size=4, seed=7)
+    turns = [0, 1, 1, 1, 2, 3, 3, 4, 4, 4, 4, 4]
+    assert data.num_draws == len(turns)
+    for epoch in range(3):
+        steps = range(3 * epoch, 3 * epoch + 3)
+        seen = torch.cat([draw_batch(data, options, step, 1000).samples for step in steps]).tolist()
+        order = torch.randperm(12, generator=generator(7, "order", 0, epoch)).tolist()
+        assert seen == [turns[position] for position in order]
+        assert [seen.count(sample) for sample in range(5)] == repeats
+
+
+def test_without_repeats_the_order_is_that_of_the_samples_alone():
+    """Of buckets too: held against permutations drawn here, and the buckets' own order beside them."""
+    data, options, sizes = bucketed(), changed(OPTIONS, seed=5, train_batch_size=3), SIZES
+    assert data.num_draws == sum(SIZES)
+    left: dict[int, list[int]] = {number: [] for number in range(3)}
+    for number, size in enumerate(sizes):
+        members = [index for index, bucket in enumerate(data.buckets.tolist()) if bucket == number]
+        for epoch in range(3):
+            order = torch.randperm(size, generator=generator(5, "order", number, epoch)).tolist()
+            left[number] += [members[position] for position in order]
+    step = 0
+    for epoch in range(3):
+        turns = [(epoch + 1) * size // 3 - epoch * size // 3 for size in sizes]
+        buckets = [number for number, count in enumerate(turns) for _ in range(count)]
+        order = torch.randperm(len(buckets), generator=generator(5, "bucket order", epoch)).tolist()
+        for bucket in [buckets[position] for position in order]:
+            expected, left[bucket] = left[bucket][:3], left[bucket][3:]
+            assert draw_batch(data, options, step, 1000).samples.tolist() == expected
+            step += 1
+
+
+def test_steps_of_epochs_count_repeats_and_buckets_their_share():
+    data = changed(bucketed(), repeats=torch.arange(sum(SIZES)) % 3 + 1)
+    drawn = int(data.repeats.sum())
+    assert data.num_draws == drawn
+    num_steps = data.num_steps(8, 8)
+    assert num_steps == drawn
+    seen = torch.cat([draw_batch(data, OPTIONS, step, 1000).samples for step in range(num_steps)])
+    assert torch.bincount(seen).tolist() == (8 * data.repeats).tolist()
+    assert num_train_steps(changed(OPTIONS, num_train_epochs=8, max_train_steps=None), data) == drawn
+    short = changed(
+        OPTIONS, num_train_epochs=1, max_train_steps=None, train_batch_size=200, lr_warmup_steps=0
+    )
+    with pytest.raises(StageError, match=f"of {drawn} samples make 0 steps of train_batch_size 200"):
+        num_train_steps(short, data)

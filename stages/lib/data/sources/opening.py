@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import itertools
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from stages.lib.data.openmoji import DESCRIPTOR, read_openmoji
@@ -80,16 +80,12 @@ def open_source(path: Path, reading: Reading) -> Iterator[PairSource]:
 @contextlib.contextmanager
 def open_sources(readings: Mapping[str, Reading]) -> Iterator[PairSource]:
     """As `open_source`, of several paths as one; in front of each sample_id stands its source's path."""
+    _check_apart(readings)
     with contextlib.ExitStack() as opened:
         sources = {
             posixpath.normpath(path).strip("/"): opened.enter_context(open_source(Path(path), reading))
             for path, reading in readings.items()
         }
-        for path, other in itertools.permutations(sources, 2):
-            if path.startswith(f"{other}/"):
-                raise StageError(
-                    f"prepare.sources: {path} lies inside {other}, so that its images would count twice"
-                )
 
         def source_of(sample_id: str) -> str:
             return next(path for path in sources if sample_id.startswith(f"{path}/"))
@@ -110,6 +106,17 @@ def open_sources(readings: Mapping[str, Reading]) -> Iterator[PairSource]:
         ]
         num_unlisted = sum(source.num_unlisted_files for source in sources.values())
         yield PairSource(sorted(rows, key=lambda row: row.sample_id), sorted(rejected), num_unlisted, images)
+
+
+def _check_apart(paths: Iterable[str]) -> None:
+    """Raise StageError where one path is another, or lies inside it, links resolved."""
+    places = [(path, Path(path).resolve()) for path in paths]
+    for (path, place), (other, above) in itertools.permutations(places, 2):
+        if place.is_relative_to(above):
+            how = "is the same as" if place == above else "lies inside"
+            raise StageError(
+                f"prepare.sources: {path} {how} {other}, so that its images would count twice; keep one"
+            )
 
 
 def open_hub_source(hub_id: str, revision: str, subset: str | None, reading: Reading) -> PairSource:

@@ -46,7 +46,7 @@ def read_sidecars(listing: Listing, caption_column: str) -> None:
     sidecars = {suffix: _BySuffix(listing, suffix) for suffix in (*TEXTS, JSON)}
     tokens = _kohya_tokens(listing, images)
     for name in images:
-        for each in sidecars.values():  # one of several is taken, and the others are no captions without an image
+        for each in sidecars.values():  # whichever is taken, none is without an image
             with contextlib.suppress(_UnusableFileError):
                 listing.listed.update(filter(None, [each.find(name)]))
         try:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt
 from pydantic import Field
 
-from stages.lib.frame.sections.section import Flag, Number, Section, Several, Whole, check
+from stages.lib.frame.sections.section import Flag, Number, OneOrSeveral, Section, Several, Whole, check
 
 
 class EncodeImages(Section):
@@ -16,8 +16,8 @@ class EncodeImages(Section):
 
     section: ClassVar[str] = "encode_images"
 
-    resolution: Annotated[Whole, Ge(16)] = Field(
-        description="pixels, side of the square the VAE sees, a multiple of its factor"
+    resolution: OneOrSeveral[Annotated[Whole, Ge(16)]] = Field(
+        description="pixels, side of the square the VAE sees, a multiple of its factor; or a list of such"
     )
     buckets: Literal["square", "auto", "sizes"] = Field(
         description="square | auto | sizes: shapes that images are resized and cropped to"
@@ -45,6 +45,9 @@ class EncodeImages(Section):
     )
     crop_seed: Annotated[Whole, Ge(0)] = Field(description="where random crops lie")
     horizontal_flip: Flag = Field(description="encode a mirrored copy of each view as well")
+    masks: Literal["none", "alpha"] = Field(
+        description="none | alpha: keep the images' opacity as weights of the training loss"
+    )
     batch_size: Annotated[Whole, Ge(1)] = Field(
         description="images a forward pass, fixed: the last batch is padded"
     )
@@ -55,8 +58,14 @@ class EncodeImages(Section):
 
     @check
     def _steps(self) -> Iterator[tuple[str, str]]:
-        if self.buckets == "auto" and self.resolution % self.bucket_step:
-            yield "resolution", f"a multiple of bucket_step {self.bucket_step}, for buckets: auto"
+        if self.buckets == "auto" and any(side % self.bucket_step for side in self.resolution):
+            multiple = "a multiple" if len(self.resolution) == 1 else "multiples"
+            yield "resolution", f"{multiple} of bucket_step {self.bucket_step}, for buckets: auto"
+
+    @check
+    def _distinct(self) -> Iterator[tuple[str, str]]:
+        if len(set(self.resolution)) < len(self.resolution):
+            yield "resolution", "each of the list once"
 
     @check
     def _shapes(self) -> Iterator[tuple[str, str]]:

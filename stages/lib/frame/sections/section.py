@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -52,12 +53,23 @@ def _number(value: Any) -> Any:
     return value if isinstance(value, int) else number
 
 
+def _without_null(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("holds a null byte")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number)]
-Text = StrictStr
+Text = Annotated[StrictStr, AfterValidator(_without_null)]
 Flag = StrictBool
 T = typing.TypeVar("T")
 Several = Annotated[tuple[T, ...], MinLen(1)]
+OneOrSeveral = Annotated[tuple[T, ...], BeforeValidator(_listed), MinLen(1)]
 
 
 Check = Callable[[Any], Iterator[tuple[str, str]]]
@@ -98,6 +110,11 @@ class Section(BaseModel):
         """A view in which other keys cannot be read."""
         return type(self).model_construct(**{key: value for key, value in vars(self).items() if key in keys})
 
+    def _as_written(self, key: str) -> Any:
+        value = getattr(self, key)
+        is_one = _is_one_or_several(type(self).model_fields[key].rebuild_annotation()) and len(value) == 1
+        return value[0] if is_one else value
+
     def problems(self) -> Iterator[Problem]:
         """What the checks find; a check that reads a value which is not there is left out."""
         for name in dir(type(self)):
@@ -106,7 +123,7 @@ class Section(BaseModel):
                 continue
             try:
                 for key, expected in list(method(self)):  # type: ignore[misc]  # a method, as it is marked
-                    yield Problem(f"{self.section}.{key}", expected, getattr(self, key))
+                    yield Problem(f"{self.section}.{key}", expected, self._as_written(key))
             except UndeclaredParameter:
                 continue
 
@@ -133,7 +150,7 @@ def read_section(section: type[S], values: Mapping[str, Any]) -> tuple[S | None,
             if (each["type"] != "missing" or len(each["loc"]) > 1)
             and not any(place[: len(each["loc"])] == each["loc"] != place for place in places)
         ]
-        found = [_problem(section, each) for each in told]
+        found = [_problem(section, each, known) for each in told]
         bad = {str(each["loc"][0]) for each in error.errors()}
         good = {key: _adapter(section, key).validate_python(known[key]) for key in known.keys() - bad}
         return None, [*found, *section.model_construct(**good).problems()]
@@ -145,12 +162,14 @@ def _adapter(section: type[Section], key: str) -> TypeAdapter[Any]:
     return TypeAdapter(section.model_fields[key].rebuild_annotation())
 
 
-def _problem(section: type[Section], error: Any) -> Problem:
+def _problem(section: type[Section], error: Any, values: Mapping[str, Any]) -> Problem:
     """An error of pydantic's in the words of this project."""
     key, *path = error["loc"]
     kind: Any = section.model_fields[key].rebuild_annotation()
     place = f"{section.section}.{key}"
-    may_be_null = _is_optional(kind)
+    may_be_null, may_be_list = _is_optional(kind), False
+    if path and _is_one_or_several(kind) and not isinstance(values[key], list | tuple):
+        kind, path, may_be_list = _item(kind), path[1:], True
     for part in path:
         if isinstance(part, int):
             kind, place = _item(kind), f"{place}[{part}]"
@@ -163,12 +182,17 @@ def _problem(section: type[Section], error: Any) -> Problem:
             kind = model.model_fields[part].rebuild_annotation()
         may_be_null = _is_optional(kind)
     is_bound = error["type"].startswith(("greater_than", "less_than"))
-    expected = (_bounds(kind) if is_bound else _kind(kind)) + (", or null" if may_be_null else "")
+    expected = _bounds(kind) if is_bound else _kind(kind)
+    expected += (", or a list of such" if may_be_list else "") + (", or null" if may_be_null else "")
     return Problem(place, expected, error["input"])
 
 
 def _is_optional(kind: Any) -> bool:
     return types.NoneType in typing.get_args(_bare(kind))
+
+
+def _is_one_or_several(kind: Any) -> bool:
+    return BeforeValidator(_listed) in typing.get_args(_arm(kind))
 
 
 def _bare(kind: Any) -> Any:

@@ -54,6 +54,9 @@ class Train(Section):
     input_perturbation: Annotated[Number, Ge(0)] = Field(
         description="scale of noise added to the noisy input alone, usually 0.1"
     )
+    mask_floor: Annotated[Number, Ge(0), Le(1)] = Field(
+        description="weight of the loss where an image's mask is 0, used with masks; 1 ignores them"
+    )
     caption_dropout: Annotated[Number, Ge(0), Le(1)] = Field(
         description="share of samples trained on the empty caption, 0 to 1"
     )
