@@ -1,9 +1,9 @@
 """Encode every image once with the frozen VAE into the moments of its latents.
 
-Reads  data/pairs/images, data/base/vae
+Reads  data/pairs/images, data/pairs/masks, data/base/vae
 Writes data/latents.zarr (mean, logvar (N, V, 4, h, w) float16 unscaled, sample_id (N,); with buckets
        or several resolutions one such group for each shape, named by its width and height in pixels;
-       with masks: alpha also mask (N, V, 1, h, w) float16 in [0, 1]),
+       with masks also mask (N, V, 1, h, w) float16 in [0, 1]),
        data/encode_images_report (shapes.csv, left_out.jsonl, worst_reconstructions.png),
        data/encode_images_metrics.json
 Params encode_images
@@ -11,19 +11,33 @@ Params encode_images
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from stages.lib.core.files import fresh_directory, write_json
 from stages.lib.core.fingerprints import code_identity, environment
-from stages.lib.core.paths import BASE, ENCODE_IMAGES_METRICS, ENCODING_REPORT, LATENTS, PAIR_IMAGES
+from stages.lib.core.paths import (
+    BASE,
+    ENCODE_IMAGES_METRICS,
+    ENCODING_REPORT,
+    LATENTS,
+    PAIR_IMAGES,
+    PAIR_MASKS,
+)
 from stages.lib.core.sums import write_sums
-from stages.lib.data.image_shards import fingerprint_of_images, image_index, read_images, scan_images
+from stages.lib.data.image_shards import (
+    fingerprint_of_images,
+    image_index,
+    masks_of_images,
+    read_images,
+    scan_images,
+)
 from stages.lib.encoding.autoencoder import (
     RECONSTRUCTION_BATCH_SIZE,
     build_image_encoder,
@@ -42,7 +56,7 @@ from stages.lib.encoding.framing import (
     view_names,
 )
 from stages.lib.encoding.latents_output import all_keys, by_shape, resolution_of_each, write_latents
-from stages.lib.encoding.pixels import build_mask_encoder, load_mask, load_pixels
+from stages.lib.encoding.pixels import build_mask_encoder, load_mask, load_mask_file, load_pixels
 from stages.lib.encoding.report import (
     Reconstruction,
     channel_statistics,
@@ -61,6 +75,7 @@ from stages.lib.frame.start_up import leave_out
 from stages.lib.frame.work_directory import work_root
 from stages.lib.models.layout import check_component, downsampling, read_vae_config
 from stages.lib.models.weights import component_fingerprint
+from stages.lib.store.blocks import Row
 from stages.lib.store.work_store import WorkStore
 from stages.lib.store.zarr_store import (
     iter_array,
@@ -88,10 +103,7 @@ def main(params: Params) -> None:
     checked = fixed_sample(nominal, options.num_reconstructions)
     decoded = WorkStore(work_root(), "reconstruct_images", recipe_of_reconstructions(recipe))
     reconstruct(decoded, moments, checked, options)
-    masks = None
-    if options.masks == "alpha":
-        masks = WorkStore(work_root(), "mask_images", recipe_of_masks(factor))
-        encode_masks(masks, images, options, factor)
+    masks = None if options.masks == "none" else encoded_masks(images, options, factor)
     if not processes().is_main_process:
         return
 
@@ -147,9 +159,10 @@ def recipe_of_reconstructions(recipe: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def recipe_of_masks(factor: int) -> dict[str, Any]:
-    """All that determines the bytes of a view's mask, but for the image and its framing."""
+def recipe_of_masks(kind: str, factor: int) -> dict[str, Any]:
+    """All that determines the bytes of a view's mask, but for the image or its mask file, and its framing."""
     return {
+        "masks": kind,
         "factor": factor,
         "code": code_identity(build_mask_encoder, load_view_of_mask, InProcess, compute_with_one_thread),
         **environment("pillow"),
@@ -175,24 +188,55 @@ def encode(moments: WorkStore, images: list[FramedImage], options: EncodeImages)
     encode_missing(moments, all_keys(images), items_of(images, options), encoder, "encode images", unit)
 
 
-def encode_masks(masks: WorkStore, images: list[FramedImage], options: EncodeImages, factor: int) -> None:
-    """Rows of mask for every view of every image, in the work store."""
-    encoder = Encoder(
-        load_view_of_mask, functools.partial(build_mask_encoder, factor), MASK_BATCH_SIZE, "float32"
-    )
-    encode_missing(masks, all_keys(images), items_of(images, options), encoder, "mask images", "masks")
+def encoded_masks(
+    images: list[FramedImage], options: EncodeImages, factor: int
+) -> Callable[[Sequence[FramedImage]], Iterator[Row]]:
+    """Encode the mask of every view of every image; what gives their rows."""
+    masks = WorkStore(work_root(), "mask_images", recipe_of_masks(options.masks, factor))
+    files: dict[str, str] = {}
+    if options.masks == "files":
+        files = {mask.sample_id: mask.image_sha256 for mask in masks_of_images(PAIR_MASKS, PAIR_IMAGES)}
+
+    def keyed(image: FramedImage) -> FramedImage:
+        """As its mask is keyed: by the file that it is made of."""
+        digest = files.get(image.sample_id, image.entry.image_sha256)
+        return dataclasses.replace(image, entry=image.entry._replace(image_sha256=digest))
+
+    load = functools.partial(load_view_of_mask, options.masks)
+    encoder = Encoder(load, functools.partial(build_mask_encoder, factor), MASK_BATCH_SIZE, "float32")
+    keyed_images = [keyed(image) for image in images]
+    contents = None if options.masks == "alpha" else set(files)
+    items = items_of(keyed_images, options, contents)
+    encode_missing(masks, all_keys(keyed_images), items, encoder, "mask images", "masks")
+    return lambda wanted: masks.rows(all_keys([keyed(image) for image in wanted]))
 
 
-def items_of(images: list[FramedImage], options: EncodeImages) -> Callable[[set[str]], Iterator[Item]]:
-    """The views of the images that have missing ones, each with its image."""
+def items_of(
+    images: list[FramedImage], options: EncodeImages, masked: set[str] | None = None
+) -> Callable[[set[str]], Iterator[Item]]:
+    """The views of the images that have missing ones, each with its image.
+
+    Args:
+        images: with views of them.
+        options: which views.
+        masked: samples with a mask file, which takes the image's place, as nothing does for others; None for
+            the images themselves.
+    """
     names = view_names(options)
+
+    def contents(wanted: set[str]) -> Iterator[tuple[str, bytes | None]]:
+        if masked is None:
+            yield from scan_images(PAIR_IMAGES, wanted)
+        else:
+            yield from scan_images(PAIR_MASKS, wanted & masked)
+            yield from ((sample_id, None) for sample_id in sorted(wanted - masked))
 
     def items(missing: set[str]) -> Iterator[Item]:
         wanted: dict[str, list[FramedImage]] = defaultdict(list)
         for image in images:
             if not missing.isdisjoint(image.keys):
                 wanted[image.sample_id].append(image)
-        for sample_id, content in scan_images(PAIR_IMAGES, set(wanted)):
+        for sample_id, content in contents(set(wanted)):
             for image in wanted[sample_id]:
                 for key, view, name in zip(image.keys, image.views, names, strict=True):
                     yield Item(key, f"{sample_id} ({name})", (content, view), image.size)
@@ -224,9 +268,9 @@ def load_view(options: EncodeImages, value: tuple[bytes, Framing]) -> np.ndarray
     return load_pixels(*value, options.interpolation, options.jpeg_draft)
 
 
-def load_view_of_mask(value: tuple[bytes, Framing]) -> np.ndarray:
-    """(image, framing) -> (height, width) uint8."""
-    return load_mask(*value)
+def load_view_of_mask(kind: str, value: tuple[bytes, Framing]) -> np.ndarray:
+    """(image or mask file, framing) -> (height, width) uint8."""
+    return load_mask(*value) if kind == "alpha" else load_mask_file(*value)
 
 
 def load_view_and_mean(

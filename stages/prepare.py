@@ -1,7 +1,8 @@
 """Read images and captions from their source into data/pairs.
 
 Reads  prepare.source: data/openmoji, a folder, an archive or a table, or several; or a data set of the Hub
-Writes data/pairs/images/*.parquet, data/pairs/captions.parquet, data/pairs/rejected.jsonl and its hash,
+Writes data/pairs/images/*.parquet, data/pairs/masks/*.parquet, data/pairs/captions.parquet,
+       data/pairs/rejected.jsonl and its hash,
        data/prepare_metrics.json
 Params prepare
 """
@@ -17,15 +18,28 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stages.lib.core.files import fresh_directory, write_json, write_json_lines
-from stages.lib.core.paths import PAIR_CAPTIONS, PAIR_IMAGES, PAIRS, PREPARE_METRICS, REJECTED_PAIRS
+from stages.lib.core.paths import (
+    PAIR_CAPTIONS,
+    PAIR_IMAGES,
+    PAIR_MASKS,
+    PAIRS,
+    PREPARE_METRICS,
+    REJECTED_PAIRS,
+)
 from stages.lib.core.sums import write_sum
 from stages.lib.core.workers import count_cores, map_in_order
 from stages.lib.data.caption_text import tag_variants
-from stages.lib.data.image_shards import ImageEntry, StoredImage, fingerprint_of_images, write_images
+from stages.lib.data.image_shards import (
+    ImageEntry,
+    StoredImage,
+    bind_masks,
+    fingerprint_of_images,
+    write_images,
+)
 from stages.lib.data.near_duplicates import difference_hash, groups_alike
 from stages.lib.data.pairs import TRAIN, VALIDATION, SampleCaptions, split_of, write_captions
 from stages.lib.data.pictures.formats import UnusableImageError
-from stages.lib.data.pictures.storing import stored_image
+from stages.lib.data.pictures.storing import stored_image, stored_mask
 from stages.lib.data.sources.listing import PairSource, RejectedRow, SourceRow
 from stages.lib.data.sources.opening import Reading, open_hub_source, open_source, open_sources
 from stages.lib.data.sources.splits import TEST
@@ -47,8 +61,10 @@ def main(params: Params) -> None:
         rows, num_test = without_test(rows)
         clear_outputs()
         report_rejected(rejected, len(rows), prepare)
-        stored, broken, hashes, num_converted = store_images(rows, source, prepare)
-    rejected = sorted(rejected + broken)
+        masks, unmasked = store_masks(rows, source, prepare)
+        rows = [row for row in rows if row.sample_id in masks or not row.has_mask]
+        stored, broken, hashes, num_converted = store_images(rows, masks, source, prepare)
+    rejected = sorted(rejected + unmasked + broken)
     report_rejected(rejected, len(stored), prepare)
 
     alike = images_alike(stored, hashes, prepare.near_duplicate_bits)
@@ -56,6 +72,7 @@ def main(params: Params) -> None:
     num_train = sum(sample.split == TRAIN for sample in samples)
     check_splits(num_train, len(samples), prepare)
     write_captions(PAIR_CAPTIONS, samples, fingerprint_of_images(stored))
+    bind_masks(PAIR_MASKS, fingerprint_of_images(stored))
     metrics = {
         "num_samples": len(samples),
         "num_train_samples": num_train,
@@ -64,6 +81,7 @@ def main(params: Params) -> None:
         "num_captions": sum(len(sample.captions) for sample in samples),
         "num_duplicate_images": len(stored) - len({image.image_sha256 for image in stored}),
         "num_near_duplicate_images": len(set(alike)) - len(set(alike.values())),
+        "num_masks": sum(image.sample_id in masks for image in stored),
         "num_converted_to_srgb": num_converted,
         "num_rejected": len(rejected),
         "num_unlisted_files": source.num_unlisted_files,
@@ -138,12 +156,44 @@ def without_test(rows: list[SourceRow]) -> tuple[list[SourceRow], int]:
 def clear_outputs() -> None:
     """Remove what an earlier run of this stage has written, and nothing that lies beside it."""
     fresh_directory(PAIR_IMAGES)
+    fresh_directory(PAIR_MASKS)
     for path in (PAIR_CAPTIONS, REJECTED_PAIRS, PREPARE_METRICS):
         path.unlink(missing_ok=True)
 
 
-def store_images(
+def store_masks(
     rows: Sequence[SourceRow], source: PairSource, prepare: Prepare
+) -> tuple[dict[str, Size], list[RejectedRow]]:
+    """Store the masks: their sizes by sample_id, and the rows whose masks are broken."""
+    broken: list[RejectedRow] = []
+    masked = [row.sample_id for row in rows if row.has_mask]
+
+    def load(sample_ids: list[str]) -> Iterator[StoredImage | None]:
+        check = functools.partial(checked_mask, prepare.max_image_pixels)
+        results = map_in_order(
+            check, source.masks(sample_ids), count_cores(), _AHEAD, len(masked) > _IN_THREADS
+        )
+        for sample_id, (_, result) in zip(sample_ids, results, strict=True):
+            if isinstance(result, str):
+                broken.append(RejectedRow(sample_id, f"its mask: {result}"))
+            yield None if isinstance(result, str) else result
+
+    stored = write_images(PAIR_MASKS, masked, load)
+    return {mask.sample_id: Size(mask.width, mask.height) for mask in stored}, broken
+
+
+def checked_mask(max_pixels: int, content: bytes | OSError) -> StoredImage | str:
+    """A mask as it is stored, or why it cannot be."""
+    if isinstance(content, OSError):
+        return f"cannot be read: {content.strerror}"
+    try:
+        return stored_mask(content, max_pixels)
+    except UnusableImageError as error:
+        return str(error)
+
+
+def store_images(
+    rows: Sequence[SourceRow], masks: dict[str, Size], source: PairSource, prepare: Prepare
 ) -> tuple[list[ImageEntry], list[RejectedRow], dict[str, int], int]:
     """Check and store images on all cores.
 
@@ -164,6 +214,10 @@ def store_images(
             )
             for sample_id, (content, result) in zip(sample_ids, results, strict=True):
                 progress.update()
+                if not isinstance(result, str):
+                    size = Size(result.image.width, result.image.height)
+                    if (of_mask := masks.get(sample_id, size)) != size:
+                        result = f"its mask is of {of_mask} pixels, it is of {size}"
                 if isinstance(result, str):
                     broken.append(RejectedRow(sample_id, result))
                     yield None
@@ -176,6 +230,16 @@ def store_images(
 
         stored = write_images(PAIR_IMAGES, [row.sample_id for row in rows], load)
     return stored, broken, hashes, num_converted
+
+
+class Size(NamedTuple):
+    """Pixels."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width} x {self.height}"
 
 
 class Checked(NamedTuple):

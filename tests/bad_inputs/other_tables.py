@@ -203,7 +203,9 @@ def _with_images() -> Iterator[Case]:
 
     def parquet(name: str, content: bytes, *may: str, **values: Any) -> Case:
         make = single("set.parquet", content)
-        return Case(KIND, f"parquet with images, {name}", make, may or (REFUSED,), **{"good": EMBEDDED, **values})
+        return Case(
+            KIND, f"parquet with images, {name}", make, may or (REFUSED,), **{"good": EMBEDDED, **values}
+        )
 
     def more(image: Any, caption: Any = "a cat") -> bytes:
         return _bytes_of(_images_table([*images, image], [*captions, caption], _STRUCT))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from dvc.utils.serialize import modify_yaml
+from scmrepo.git import Git
 
 from tests.checkpoints import tiny_pipeline
 from tests.conftest import REPOSITORY, SMALL, draw_image
@@ -96,6 +97,11 @@ def shell(root: Path, command: str) -> str:
     return done.stdout
 
 
+def take_images_from(root: Path, source: str) -> None:
+    with modify_yaml(root / "params.yaml") as params:
+        params["prepare"].update({"source": source, "max_rejected_fraction": 0.2})
+
+
 def experiments_work(root: Path) -> None:
     """In the workspace, in a temporary checkout, and in a queue."""
     shell(root, "dvc exp run -n in-workspace -S train.seed=1")
@@ -147,13 +153,68 @@ def test_a_folder_that_stays_outside(clone: Path) -> None:
     experiments_work(clone)
 
 
-def test_every_output_is_ignored_by_name_and_nothing_else_of_data_is() -> None:
-    """With data/* ignored DVC would look for no data/mine.dvc; outputs that are not would be committed."""
+@pytest.mark.slow
+def test_pictures_that_dvc_was_not_told_of_enter_no_commit(clone: Path) -> None:
+    """Of experiments neither, into which DVC takes what git neither knows nor ignores."""
+    shutil.copytree(clone.parent / "pictures", clone / "data/raw")
+    take_images_from(clone, "data/raw")
+    shell(clone, "git commit -qam Raw")
+    shell(clone, "dvc exp run -n untold -S prepare.max_samples=12 prepare")
+    (ref,) = re.findall(r"\S+/untold", shell(clone, "git for-each-ref"))
+    assert "data/raw" not in shell(clone, f"git ls-tree -r --name-only {ref}")
+    assert "data/raw" not in shell(clone, "git add -A && git ls-files data && git clean -nd")
+
+
+@pytest.mark.slow
+def test_an_archive_that_dvc_links_to_its_cache(clone: Path) -> None:
+    """As `dvc import-url` brings it, in the workspace and in a temporary checkout."""
+    archive = shutil.make_archive(str(clone.parent / "set"), "zip", clone.parent / "pictures")
+    shell(clone, f"dvc config --local cache.type symlink && dvc import-url {archive} data/set.zip")
+    assert ".dvc/cache" in os.readlink(clone / "data/set.zip")
+    take_images_from(clone, "data/set.zip")
+    shell(clone, "dvc repro prepare && git commit -qam Archive")
+    shell(clone, "dvc exp run -n linked --temp -S prepare.max_samples=12 prepare")
+    shell(clone, "dvc config --local --unset cache.type")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "placed",
+    ["data/pairs/mine", "data/pairs/images/mine", "data/pairs", "data/evaluation/mine", "data", "link"],
+)
+def test_nothing_of_a_folder_where_stages_write_is_removed(clone: Path, placed: str) -> None:
+    """Either DVC refuses it, or the stage does; what the stage has made before is in the cache."""
+    target = clone / placed
+    if placed == "link" and not target.exists():
+        (clone / "data/training/mine").mkdir(parents=True)
+        target.symlink_to("data/training/mine")
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(clone.parent / "pictures/00.png", target / "of the user.png")
+    take_images_from(clone, placed)
+    printed = shell(clone, "dvc repro prepare 2>&1; test $? -ne 0")
+    assert re.search("expected a path apart|defined as both a dependency and an output", printed), printed
+    assert (target / "of the user.png").exists()
+    (target / "of the user.png").unlink()
+
+
+def test_git_ignores_outputs_and_images_and_dvc_finds_its_files_beside_them(tmp_path: Path) -> None:
+    """DVC asks dulwich, to which /data/* ignores data/ itself; git is asked here as well."""
     stages = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
-    outputs = [
+    ignored = {
         path for stage in stages.values() for kind in ("outs", "metrics") for path in stage.get(kind, [])
-    ]
-    lines = (REPOSITORY / ".gitignore").read_text().splitlines()
-    for path in outputs:
-        assert any(path == line[1:] or f"/{path}".startswith(f"{line}/") for line in lines), path
-    assert not [line for line in lines if line.startswith("/data") and "*" in line]
+    }
+    ignored |= {"data/mine/00.png", "data/mine/train/00.png", "data/mine.zip", "data/mine.tar.gz"}
+    ignored |= {"data/base.partial", "data/.locks", "data/mine.parquet"}
+    found = {"data/.gitignore", "data/mine.dvc", "data/mine.zip.dvc"}
+    found |= {"data/pets/.gitignore", "data/pets/cats.dvc"}
+    found |= {"data/tiny/vae/config.json", "data/tiny/README.md", "data/openmoji/openmoji.json"}
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    shutil.copyfile(REPOSITORY / ".gitignore", tmp_path / ".gitignore")
+    asked = "\n".join(sorted(ignored | found))
+    printed = subprocess.run(
+        ["git", "check-ignore", "--stdin"], cwd=tmp_path, input=asked, capture_output=True, text=True
+    ).stdout
+    assert set(printed.split()) == ignored
+    scm = Git(str(tmp_path))
+    for path in (*found, "data/", "data/pets/"):
+        assert not scm.is_ignored(f"{tmp_path}/{path}"), path

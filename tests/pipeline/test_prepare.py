@@ -90,6 +90,7 @@ def test_a_folder_becomes_pairs() -> None:
         "num_captions": 100,
         "num_converted_to_srgb": 0,
         "num_duplicate_images": 0,
+        "num_masks": 0,
         "num_near_duplicate_images": 0,
         "num_rejected": 0,
         "num_samples": 100,

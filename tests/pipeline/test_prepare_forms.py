@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from stages.lib.core import paths
 from stages.lib.data.image_shards import image_index, iter_images
 from stages.lib.data.near_duplicates import groups_alike
 from stages.lib.data.pairs import SampleCaptions, read_captions
+from stages.lib.data.pictures.decoding import decoded
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Params, read_params
 from tests.conftest import REPOSITORY, draw_image, enter
@@ -292,3 +294,38 @@ def test_splits_without_one_to_train_on_are_refused(hub: Hub, tmp_path: Path) ->
     hub.add("datasets/owner/set", tmp_path / "made")
     with pytest.raises(StageError, match="expected a split 'train' to train on, found test, validation"):
         prepare.main(params_for(None, hub_id="owner/set", revision=COMMIT))
+
+
+def test_mask_files_are_stored_apart_and_fit_their_images() -> None:
+    draw("mine", range(6))
+    mask = Image.new("L", draw_image(0).size)
+    mask.paste(255, (10, 10, 40, 40))
+    mask.save("mine/000.mask.png")
+    mask.convert("RGB").save("mine/001-masklabel.jpg", quality=95)
+    mask.resize((7, 7)).save("mine/002.mask.png")
+    Path("mine/003.mask.png").write_bytes(b"no image")
+    Image.new("L", (5, 5)).save("mine/lone.mask.png")
+    Path("mine/lone.mask.txt").write_text("an image of its own, for there is no lone.png")
+    prepare.main(params_for("mine", max_rejected_fraction=0.5))
+    assert sorted(samples()) == ["000.png", "001.png", "004.png", "005.png", "lone.mask.png"]
+    reasons = {
+        row["name"]: row["reason"] for row in map(json.loads, paths.REJECTED_PAIRS.read_text().splitlines())
+    }
+    width, height = mask.size
+    assert reasons["002.png"] == f"its mask is of 7 x 7 pixels, it is of {width} x {height}"
+    assert reasons["003.png"].startswith("its mask: not an image")
+    stored = dict(iter_images(paths.PAIR_MASKS))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(stored["000.png"]))), np.asarray(mask))
+    assert np.abs(np.asarray(decoded(stored["001.png"]))[..., 0].astype(int) - np.asarray(mask)).mean() < 2
+    assert metrics()["num_masks"] == 2 and metrics()["num_unlisted_files"] == 0
+
+
+def test_masks_of_a_table_and_of_several_sources() -> None:
+    for folder in ("mine/a", "mine/b"):
+        draw(folder, range(3), None)
+        lines = [json.dumps({"file_name": f"{seed:03d}.png", "text": "x"}) for seed in range(3)]
+        Path(folder, "metadata.jsonl").write_text("\n".join(lines))
+        Image.new("L", draw_image(0).size, 128).save(f"{folder}/001.mask.png")
+    prepare.main(params_for("mine", sources=[{"path": "mine/a"}, {"path": "mine/b"}]))
+    assert [name for name, _ in iter_images(paths.PAIR_MASKS)] == ["mine/a/001.png", "mine/b/001.png"]
+    assert len(samples()) == 6

@@ -1,4 +1,4 @@
-"""Images in several resolutions, and samples that are drawn several times an epoch, in a run of the stages."""
+"""Images in several resolutions, and samples that are drawn several times an epoch, through the stages."""
 
 import dataclasses
 import json
@@ -183,7 +183,7 @@ def repeat(repeats_of: dict[str, int]) -> None:
 
 def test_an_epoch_draws_the_repeats_and_held_out_samples_count_once(encoded: Path) -> None:
     before, names = held_out_losses(), [sample.sample_id for sample in train_samples()]
-    repeat({name: 3 for name in (*names[:2], *before.sample_ids)})
+    repeat(dict.fromkeys([*names[:2], *before.sample_ids], 3))
     after = held_out_losses()
     assert after.sample_ids == before.sample_ids
     assert torch.equal(after.losses, before.losses)

@@ -14,6 +14,7 @@ BASE_CLIP = BASE / "clip"
 # prepare
 PAIRS = DATA / "pairs"
 PAIR_IMAGES = PAIRS / "images"
+PAIR_MASKS = PAIRS / "masks"
 PAIR_CAPTIONS = PAIRS / "captions.parquet"
 REJECTED_PAIRS = PAIRS / "rejected.jsonl"
 PREPARE_METRICS = DATA / "prepare_metrics.json"

@@ -122,6 +122,25 @@ def image_index(directory: Path) -> list[ImageEntry]:
     return sorted(entries)
 
 
+def bind_masks(masks: Path, images: str) -> None:
+    """Note beside the shards of masks which images they belong to, by `fingerprint_of_images`."""
+    write_json(masks / INDEX, {**read_json(masks / INDEX, remedy("prepare")), "of_images_sha256": images})
+
+
+def masks_of_images(masks: Path, images: Path) -> list[ImageEntry]:
+    """The masks that there are, sorted by sample_id.
+
+    Raises:
+        StageError: as `image_index`, or if they belong to other images.
+    """
+    found, of_images = image_index(masks), fingerprint_of_images(image_index(images))
+    if read_json(masks / INDEX, remedy("prepare")).get("of_images_sha256") != of_images:
+        raise StageError(
+            f"{masks}: expected the masks of the images in {images}, got those of others; {remedy('prepare')}"
+        )
+    return found
+
+
 def iter_images(directory: Path, wanted: Container[str] | None = None) -> Iterator[tuple[str, bytes]]:
     """Yield (sample_id, encoded image) sorted by sample_id, a row group a shard in memory.
 

@@ -6,7 +6,7 @@ Rows lie in the order of their names, so that the bytes do not depend on the ord
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def resolution_of_each(groups: dict[str, list[FramedImage]]) -> dict[str, int]:
 
 def write_latents(
     moments: WorkStore,
-    masks: WorkStore | None,
+    masks: Callable[[Sequence[FramedImage]], Iterator[Row]] | None,
     groups: dict[str, list[FramedImage]],
     attributes: dict[str, Any],
     factor: int,
@@ -70,11 +70,14 @@ def all_keys(images: Sequence[FramedImage]) -> list[str]:
 
 
 def _sample_rows(
-    moments: WorkStore, masks: WorkStore | None, images: list[FramedImage], redone: set[str]
+    moments: WorkStore,
+    masks: Callable[[Sequence[FramedImage]], Iterator[Row]] | None,
+    images: list[FramedImage],
+    redone: set[str],
 ) -> Iterator[Row]:
     """Each image's views side by side, (V, 4, h, w), and its name; adds redone views' keys to ``redone``."""
     rows = moments.rows(all_keys(images))
-    mask_rows = None if masks is None else masks.rows(all_keys(images))
+    mask_rows = None if masks is None else masks(images)
     for image in images:
         views = [next(rows) for _ in image.views]
         redone.update(key for key, view in zip(image.keys, views, strict=True) if view.get("redone"))

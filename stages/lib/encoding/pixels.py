@@ -40,11 +40,19 @@ def load_mask(image: bytes, framing: Framing) -> np.ndarray:
 
     It is resized by areas, whatever the filter of the colours: no filter that overshoots makes a mask.
     """
-    alpha = alpha_of(image)
-    if alpha is None:
+    return _mask_view(alpha_of(image), framing)
+
+
+def load_mask_file(mask: bytes | None, framing: Framing) -> np.ndarray:
+    """As `load_mask`, of the mask that lies beside an image; 255 everywhere where there is none."""
+    return _mask_view(None if mask is None else decoded(mask).convert("L"), framing)
+
+
+def _mask_view(mask: Image.Image | None, framing: Framing) -> np.ndarray:
+    if mask is None:
         return np.full((framing.size.height, framing.size.width), 255, np.uint8)
-    opacity = np.asarray(_view(alpha, framing, Image.Resampling.BOX))
-    return opacity[:, ::-1] if framing.flipped else opacity
+    levels = np.asarray(_view(mask, framing, Image.Resampling.BOX))
+    return levels[:, ::-1] if framing.flipped else levels
 
 
 def build_mask_encoder(factor: int, device: str, dtype: str) -> Callable[[Sequence[np.ndarray]], list[Row]]:

@@ -21,6 +21,10 @@ from stages.lib.frame.locks import LOCKS
 
 PIPELINE = Path("dvc.yaml")
 CODE = "stages"
+# Files that params.yaml names and that are no dependency of any stage.
+NAMED = ("evaluate.inception_weights",)
+_OWN = f"python -m {CODE}."
+_DVC = Path(".dvc")
 _PARAMETER = re.compile(r"\$\{([^}]+)\}")
 
 
@@ -49,38 +53,48 @@ def inputs_of(entry: Mapping[str, list[Any]], params: object) -> list[Path]:
 
 
 def outputs_of(entry: Mapping[str, list[Any]]) -> list[Path]:
-    """The outputs and metrics of a stage's entry."""
-    return [Path(str(path)) for kind in ("outs", "metrics") for path in entry.get(kind, [])]
+    """The outputs and metrics of a stage's entry, with options or without."""
+    found = [path for kind in ("outs", "metrics") for path in entry.get(kind, [])]
+    return [Path(str(next(iter(path)) if isinstance(path, dict) else path)) for path in found]
 
 
 def check_apart(stage: str, params: object, work: Path) -> None:
-    """Raise StageError if a path that params.yaml names for a stage lies where something is written.
+    """Raise StageError if a path that params.yaml names, for whatever stage, lies where something is written.
 
     DVC and the stages remove what lies there, so a user's folder may be neither inside of it nor around it.
+    Outputs of stages that a user has added count for nothing: one of them may well make the images.
 
     Args:
-        stage: whose entry in dvc.yaml names the parameters.
+        stage: that is about to run.
         params: of all sections.
         work: the work directory.
     """
-    pipeline = _pipeline(stage)
-    outputs = [output for entry in pipeline.values() for output in outputs_of(entry)]
+    own = [entry for entry in _pipeline(stage).values() if str(entry.get("cmd")).startswith(_OWN)]
     # Of data/pairs/images all of data/pairs: what lies beside an output looks like one.
-    areas = {Path(*output.parts[:2]) for output in outputs}
+    areas = {Path(*output.parts[:2]) for entry in own for output in outputs_of(entry)}
     areas |= {area.with_name(f"{area.name}.partial") for area in areas}
-    areas |= {work, Path(".dvc"), Path(".git"), LOCKS}
-    for dependency in map(str, pipeline.get(stage, {}).get("deps", [])):
-        found, path = _PARAMETER.search(dependency), _filled(dependency, params)
-        if found is None or path is None:
+    areas |= {work, _DVC, Path(".git"), LOCKS}
+    dependencies = {str(path) for entry in own for path in entry.get("deps", [])}
+    for dependency in sorted(dependencies | {f"${{{name}}}" for name in NAMED}):
+        found, filled = _PARAMETER.search(dependency), _filled(dependency, params)
+        if found is None or filled is None:
             continue
+        path = Path(filled)
         for area in sorted(areas):
-            # Unlike Path.resolve, this takes a loop of links.
-            if relation := _relation(Path(os.path.realpath(path)), Path(os.path.realpath(area))):
+            # Unlike Path.resolve, realpath takes a loop of links.
+            if relation := _relation(_place(path, area), Path(os.path.realpath(area))):
                 raise StageError(
-                    f"params.yaml: {found[1].strip()}: expected a path apart from what is "
-                    f"written here, got {path}, "
-                    f"which is {relation} {area}: what lies there is removed; move it, e.g. to data/mine"
+                    f"params.yaml: {found[1].strip()}: expected a path apart from what is written here, "
+                    f"got {path}, which is {relation} {area}: what lies there is removed; move it, "
+                    "e.g. to data/mine"
                 )
+
+
+def _place(path: Path, area: Path) -> Path:
+    """Where ``path`` leads; a file below .dvc stays where its link lies, for DVC can link to its cache."""
+    if area == _DVC and path.is_file():
+        return Path(os.path.realpath(path.parent), path.name)
+    return Path(os.path.realpath(path))
 
 
 def _relation(path: Path, area: Path) -> str | None:
@@ -134,7 +148,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _pipeline(stage: str) -> dict[str, dict[str, list[Any]]]:
+def _pipeline(stage: str) -> dict[str, dict[str, Any]]:
     """The entries of dvc.yaml, that of ``stage`` among them; none where there is no such file."""
     try:
         stages = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"]

@@ -7,12 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.lib.core.hub import Repository, open_repository
-from stages.lib.core.paths import BASE
 from stages.lib.frame.errors import StageError
-from stages.lib.models.layout import (
-    CLIP,
-    COMPONENTS,
-)
+from stages.lib.models.layout import CLIP, COMPONENTS
 
 
 @dataclass(frozen=True)
@@ -68,8 +64,6 @@ def open_origin(kind: str, directory: str | None, hub_id: str | None, revision: 
         root = Path(directory)
         if not root.is_dir():
             raise StageError(f"{root}: not found; expected a diffusers directory")
-        if root.resolve().is_relative_to(BASE.resolve()):
-            raise StageError(f"{root}: is what this stage writes, and DVC removes it first; name another")
         return DirectoryOrigin(root, _listing(root))
     if hub_id is None or revision is None:
         raise StageError(

@@ -10,7 +10,13 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import compute_snr
 
 from stages.lib.core.draws import generator
-from stages.lib.diffusion.loss import denoising_target, min_snr_weights, sample_losses, signal_to_noise
+from stages.lib.diffusion.loss import (
+    denoising_target,
+    mask_weights,
+    min_snr_weights,
+    sample_losses,
+    signal_to_noise,
+)
 from stages.lib.diffusion.noise import (
     draw_timesteps,
     offset_noise,
@@ -260,6 +266,47 @@ def test_sample_losses_are_float32_means_of_each_sample():
     expected = (prediction.double() - target.double()).square().mean(dim=(1, 2, 3))
     assert losses.dtype == torch.float32
     np.testing.assert_allclose(losses.double(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mask_floor", [0.0, 0.1, 0.7, 1.0])
+def test_masked_losses_are_weighted_means_in_float64(mask_floor):
+    mask = randn(3, 1, 8, 8, seed=2).sigmoid().half()
+    mask[1, :, :6] = 0
+    prediction, target = randn(3, 4, 8, 8).bfloat16(), randn(3, 4, 8, 8, seed=1)
+    losses = sample_losses(prediction, target, mask_weights(mask, mask_floor))
+    weights = (mask_floor + (1 - mask_floor) * mask.double()).expand(3, 4, 8, 8)
+    errors = (prediction.double() - target.double()).square()
+    expected = (weights * errors).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))
+    assert losses.dtype == torch.float32
+    np.testing.assert_allclose(losses.double(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("side", [7, 8, 33])
+@pytest.mark.parametrize(
+    ("value", "mask_floor"), [(1.0, 0.0), (1.0, 0.1), (1.0, 0.3), (0.2, 1.0), (0.0, 1.0)]
+)
+def test_masks_of_ones_and_a_floor_of_one_change_no_bit_of_loss_and_gradient(side, value, mask_floor):
+    target = randn(3, 4, side, side, seed=1)
+    weights = mask_weights(torch.full((3, 1, side, side), value).half(), mask_floor)
+    losses, gradients = [], []
+    for each in (None, weights):
+        prediction = randn(3, 4, side, side).requires_grad_()
+        losses.append(sample_losses(prediction, target, each))
+        losses[-1].mean().backward()
+        gradients.append(prediction.grad)
+    assert torch.equal(*losses)
+    assert torch.equal(*gradients)
+
+
+def test_a_view_without_anything_that_weighs_teaches_nothing():
+    mask = torch.ones(2, 1, 8, 8)
+    mask[0] = 0
+    prediction = randn(2, 4, 8, 8).requires_grad_()
+    losses = sample_losses(prediction, randn(2, 4, 8, 8, seed=1), mask_weights(mask, 0.0))
+    losses.sum().backward()
+    assert losses[0] == 0 < losses[1]
+    assert (prediction.grad[0] == 0).all()
+    assert (prediction.grad[1] != 0).all()
 
 
 def test_evenly_spaced_timesteps_are_midpoints():

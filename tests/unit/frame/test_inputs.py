@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -175,9 +176,49 @@ def test_what_lies_beside_the_outputs_is_fine(checkout: Path) -> None:
             check_apart("prepare", read_params(), checkout / ".work")
 
 
-def test_a_base_is_no_output_either(checkout: Path) -> None:
+@pytest.mark.parametrize("stage", ["fetch_base", "prepare", "report"])
+@pytest.mark.parametrize(
+    ("section", "key", "placed"),
+    [
+        ("fetch_base", "directory", "data/base"),
+        ("fetch_base", "vae_directory", "data/base/vae"),
+        ("fetch_base", "clip_directory", "data/pairs/clip/"),
+        ("evaluate", "inception_weights", "data/evaluation/weights-inception.pth"),
+    ],
+)
+def test_whatever_stage_runs_every_path_is_looked_at(
+    checkout: Path, stage: str, section: str, key: str, placed: str
+) -> None:
     document = yaml.safe_load(Path("params.yaml").read_text())
-    document["fetch_base"]["vae_directory"] = "data/base/vae"
+    document[section][key] = placed
     Path("params.yaml").write_text(yaml.safe_dump(document))
-    with pytest.raises(StageError, match=r"fetch_base\.vae_directory.*inside of data/base"):
-        check_apart("fetch_base", read_params(), checkout / ".work")
+    with pytest.raises(StageError, match=rf"{section}\.{key}: .* got {placed.rstrip('/')}, which is"):
+        check_apart(stage, read_params(), checkout / ".work")
+
+
+def test_a_stage_that_a_user_has_added_may_make_the_images(checkout: Path) -> None:
+    document = yaml.safe_load(Path("dvc.yaml").read_text())
+    document["stages"]["download"] = {"cmd": "python download.py", "outs": [{"mine": {"persist": True}}]}
+    document["stages"]["prepare"]["outs"] += [{"mine2": {"cache": False}}]
+    Path("dvc.yaml").write_text(yaml.safe_dump(document))
+    check_apart("prepare", read_params(), checkout / ".work")
+    assert outputs_of(declared("prepare"))[-2] == Path("mine2")
+    parameters = yaml.safe_load(Path("params.yaml").read_text())
+    parameters["prepare"]["source"] = "mine2"
+    Path("params.yaml").write_text(yaml.safe_dump(parameters))
+    with pytest.raises(StageError, match="the same as mine2"):
+        check_apart("prepare", read_params(), checkout / ".work")
+
+
+def test_a_file_that_dvc_links_to_its_cache_lies_where_the_link_does(checkout: Path) -> None:
+    Path(".dvc/cache").mkdir(parents=True)
+    Path(".dvc/cache/6b73").write_bytes(b"PK")
+    Path("mine/set.zip").symlink_to(checkout / ".dvc/cache/6b73")
+    parameters = yaml.safe_load(Path("params.yaml").read_text())
+    for placed, refused in (("mine/set.zip", False), (".dvc/cache/6b73", True), ("mine/cache/6b73", True)):
+        parameters["prepare"]["source"] = placed
+        Path("params.yaml").write_text(yaml.safe_dump(parameters))
+        Path("mine/cache").unlink(missing_ok=True)
+        Path("mine/cache").symlink_to(checkout / ".dvc/cache")
+        with pytest.raises(StageError, match=r"inside of \.dvc") if refused else nullcontext():
+            check_apart("prepare", read_params(), checkout / ".work")

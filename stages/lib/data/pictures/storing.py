@@ -10,7 +10,7 @@ from PIL import Image
 from stages.lib.data.image_shards import StoredImage
 from stages.lib.data.pictures import png_chunks
 from stages.lib.data.pictures.colour import changes
-from stages.lib.data.pictures.decoding import opened, picture_of, profile_of, upright_size
+from stages.lib.data.pictures.decoding import decoded, opened, picture_of, profile_of, upright_size
 from stages.lib.data.pictures.formats import UnusableImageError
 from stages.lib.data.pictures.jpeg_scan import check_scan
 from stages.lib.data.pictures.tiff_tags import check_strips
@@ -58,6 +58,19 @@ def stored_image(data: bytes, max_pixels: int) -> CheckedImage:
         if image.format == "TIFF":
             check_strips(image, data)
     return CheckedImage(StoredImage(data, *picture.size) if is_kept else png(picture), is_converted)
+
+
+def stored_mask(data: bytes, max_pixels: int) -> StoredImage:
+    """The mask in an image file, as a PNG of one channel: 0 counts least, 255 fully.
+
+    Raises:
+        UnusableImageError: as `stored_image`.
+    """
+    checked = stored_image(data, max_pixels).image
+    mask = decoded(checked.data).convert("L")
+    buffer = io.BytesIO()
+    Image.frombytes("L", mask.size, mask.tobytes()).save(buffer, "PNG")
+    return StoredImage(buffer.getvalue(), *mask.size)
 
 
 def png(image: Image.Image) -> StoredImage:

@@ -84,8 +84,11 @@ class Files:
         """Whether a text, links resolved, lies in the source: none of elsewhere becomes a caption."""
         if self.bound is None or name in self._members:
             return True
+        path = self.root / name
+        if not os.path.islink(path):  # nor is a folder above it
+            return True
         try:
-            return (self.root / name).resolve().is_relative_to(self.bound.resolve())
+            return path.resolve().is_relative_to(self.bound.resolve())
         except (OSError, RuntimeError):  # a loop of links
             return False
 

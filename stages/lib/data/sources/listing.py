@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from stages.lib.data.caption_text import usable_captions
+from stages.lib.data.pictures.formats import SUFFIXES
 from stages.lib.data.sources.files import Files
 from stages.lib.data.sources.names import Names, NoSuchNameError, as_text, leaves_folder, tidied_path
 
@@ -21,12 +23,14 @@ class SourceRow:
         captions: as they are written.
         split: "train", "validation" or "test" where the source says so.
         repeats: how often it is drawn an epoch.
+        has_mask: whether a mask lies beside it.
     """
 
     sample_id: str
     captions: tuple[str, ...]
     split: str | None = None
     repeats: int = 1
+    has_mask: bool = False
 
 
 @dataclass(frozen=True, order=True)
@@ -38,6 +42,12 @@ class RejectedRow:
 
 
 ReadImages = Callable[[Sequence[str]], Iterator[bytes | OSError]]
+MASKS = (".mask", "-masklabel")  # ends of the stem of a mask file, cat.mask.png of cat.jpg
+
+
+def no_masks(sample_ids: Sequence[str]) -> Iterator[bytes | OSError]:
+    """What a source without masks has of them."""
+    return iter(())
 
 
 @dataclass(frozen=True)
@@ -49,12 +59,14 @@ class PairSource:
         num_unlisted_files: files that no row names.
         images: from sample_ids, sorted, to the bytes of their image files, in that order; one that
             cannot be read is the error.
+        masks: the same of their mask files, of rows that have one.
     """
 
     rows: list[SourceRow]
     rejected: list[RejectedRow]
     num_unlisted_files: int
     images: ReadImages
+    masks: ReadImages = no_masks
 
     def read(self, sample_id: str) -> bytes:
         """The image file of one row."""
@@ -75,6 +87,7 @@ class Listing:
         captions_of: sample_id -> captions.
         repeats_of: sample_id -> how often it is drawn an epoch, where that is not once.
         listed: files that some row names.
+        mask_of: sample_id -> its mask's file, once all rows are taken.
     """
 
     files: Files
@@ -84,6 +97,7 @@ class Listing:
     repeats_of: dict[str, int] = field(default_factory=dict)
     rejected: list[RejectedRow] = field(default_factory=list)
     listed: set[str] = field(default_factory=set)
+    mask_of: dict[str, str] = field(default_factory=dict)
 
     def add(self, wanted: str, place: str, captions: Any) -> None:
         """Take a row, or reject it.
@@ -124,17 +138,45 @@ class Listing:
         self.rejected.append(RejectedRow(as_text(name), reason))
 
     def source(self) -> PairSource:
+        self.mask_of = {
+            sample_id: mask
+            for sample_id in self.captions_of
+            if (mask := self.masks.get(posixpath.splitext(self.file_of[sample_id])[0])) is not None
+        }
         rows = [
-            SourceRow(sample_id, tuple(dict.fromkeys(captions)), repeats=self.repeats_of.get(sample_id, 1))
+            SourceRow(
+                sample_id,
+                tuple(dict.fromkeys(captions)),
+                repeats=self.repeats_of.get(sample_id, 1),
+                has_mask=sample_id in self.mask_of,
+            )
             for sample_id, captions in sorted(self.captions_of.items())
         ]
-        num_unlisted = len(set(self.files.names) - self.listed)
-        return PairSource(rows, sorted(self.rejected), num_unlisted, self._images)
+        num_unlisted = len(set(self.files.names) - self.listed - set(self.mask_of.values()))
+        return PairSource(rows, sorted(self.rejected), num_unlisted, self._images, self._masks)
+
+    @cached_property
+    def masks(self) -> dict[str, str]:
+        """Stem of an image -> its mask file."""
+        images = [name for name in self.files.names if posixpath.splitext(name)[1].lower() in SUFFIXES]
+        stems = {posixpath.splitext(name)[0]: name for name in images}
+        return {
+            stem.removesuffix(end): name
+            for stem, name in stems.items()
+            for end in MASKS
+            if stem.endswith(end) and stem.removesuffix(end) in stems
+        }
 
     def _images(self, sample_ids: Sequence[str]) -> Iterator[bytes | OSError]:
-        for sample_id in sample_ids:
+        return self._read([self.file_of[sample_id] for sample_id in sample_ids])
+
+    def _masks(self, sample_ids: Sequence[str]) -> Iterator[bytes | OSError]:
+        return self._read([self.mask_of[sample_id] for sample_id in sample_ids])
+
+    def _read(self, names: Sequence[str]) -> Iterator[bytes | OSError]:
+        for name in names:
             try:
-                yield self.files.read(self.file_of[sample_id])
+                yield self.files.read(name)
             except OSError as error:
                 yield error
 

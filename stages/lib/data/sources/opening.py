@@ -35,7 +35,7 @@ from stages.lib.data.sources.hints import near_misses
 from stages.lib.data.sources.hub import open_hub_dataset
 from stages.lib.data.sources.listing import Listing, PairSource, RejectedRow
 from stages.lib.data.sources.sidecars import read_sidecars
-from stages.lib.data.sources.splits import TRAIN, agreed_splits, known_split
+from stages.lib.data.sources.splits import TRAIN, agreed_splits, split_named
 from stages.lib.data.sources.tables import METADATA_NAMES, read_table
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.work_directory import extraction
@@ -94,6 +94,10 @@ def open_sources(readings: Mapping[str, Reading]) -> Iterator[PairSource]:
             for path, group in itertools.groupby(sample_ids, source_of):
                 yield from sources[path].images([name.removeprefix(f"{path}/") for name in group])
 
+        def masks(sample_ids: Sequence[str]) -> Iterator[bytes | OSError]:
+            for path, group in itertools.groupby(sample_ids, source_of):
+                yield from sources[path].masks([name.removeprefix(f"{path}/") for name in group])
+
         rows = [
             dataclasses.replace(row, sample_id=f"{path}/{row.sample_id}")
             for path, source in sources.items()
@@ -105,7 +109,9 @@ def open_sources(readings: Mapping[str, Reading]) -> Iterator[PairSource]:
             for row in source.rejected
         ]
         num_unlisted = sum(source.num_unlisted_files for source in sources.values())
-        yield PairSource(sorted(rows, key=lambda row: row.sample_id), sorted(rejected), num_unlisted, images)
+        yield PairSource(
+            sorted(rows, key=lambda row: row.sample_id), sorted(rejected), num_unlisted, images, masks
+        )
 
 
 def _check_apart(paths: Iterable[str]) -> None:
@@ -126,7 +132,7 @@ def open_hub_source(hub_id: str, revision: str, subset: str | None, reading: Rea
         StageError: as `open_hub_dataset`; if it has several splits and none to train on.
     """
     dataset = open_hub_dataset(hub_id, revision, subset)
-    kinds = {name: known_split(name) or name for name in dataset.splits}
+    kinds = {name: split_named(name) for name in dataset.splits}
     if len(kinds) > 1 and TRAIN not in kinds.values():
         raise StageError(
             f"{hub_id}: expected a split {TRAIN!r} to train on, found "

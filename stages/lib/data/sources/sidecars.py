@@ -12,6 +12,7 @@ import logging
 import posixpath
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 from stages.lib.data.pictures.formats import SUFFIXES
@@ -34,7 +35,10 @@ def read_sidecars(listing: Listing, caption_column: str) -> None:
     the object's "caption".
     """
     files = listing.files
-    images = sorted(name for name in (*files.names, *files.odd) if _suffix(name) in SUFFIXES)
+    masks = set(listing.masks.values())
+    images = sorted(
+        name for name in (*files.names, *files.odd) if _suffix(name) in SUFFIXES and name not in masks
+    )
     if not images:
         raise StageError(
             f"{files.shown}: expected data.csv, metadata.csv, .jsonl or .parquet, Parquet or "
@@ -47,8 +51,7 @@ def read_sidecars(listing: Listing, caption_column: str) -> None:
     tokens = _kohya_tokens(listing, images)
     for name in images:
         for each in sidecars.values():  # whichever is taken, none is without an image
-            with contextlib.suppress(_UnusableFileError):
-                listing.listed.update(filter(None, [each.find(name)]))
+            listing.listed.update(each.beside(name))
         try:
             caption = _caption_beside(listing, name, sidecars, caption_column)
         except _UnusableFileError as error:
@@ -87,7 +90,6 @@ class _BySuffix:
     """The caption files of one suffix by the names of the images that they may belong to."""
 
     def __init__(self, listing: Listing, suffix: str) -> None:
-        self._listing = listing
         entries = (*listing.files.names, *listing.files.odd)
         self._files_of: dict[str, list[str]] = defaultdict(list)
         for name in sorted(entries):
@@ -98,11 +100,10 @@ class _BySuffix:
 
     def find(self, image: str) -> str | None:
         """The caption file of ``cat.png``: ``cat.txt``, or ``cat.png.txt``."""
-        for stem in (posixpath.splitext(image)[0], image):
+        for stem in self._stems_of(image):
             try:
                 names = self._files_of[self._stems.find(stem)]
                 if len(names) > 1:
-                    self._listing.listed.update(names)
                     raise AmbiguousNameError(f"several that are alike: {', '.join(map(as_text, names))}")
                 return names[0]
             except AmbiguousNameError as error:
@@ -110,6 +111,15 @@ class _BySuffix:
             except NoSuchNameError:
                 continue
         return None
+
+    def beside(self, image: str) -> Iterator[str]:
+        """Every caption file that belongs to an image, be it found first or not."""
+        for stem in self._stems_of(image):
+            with contextlib.suppress(NoSuchNameError):
+                yield from self._files_of[self._stems.find(stem)]
+
+    def _stems_of(self, image: str) -> tuple[str, ...]:
+        return (posixpath.splitext(image)[0], image) if self.all else ()
 
 
 def _caption_beside(

@@ -45,8 +45,8 @@ class EncodeImages(Section):
     )
     crop_seed: Annotated[Whole, Ge(0)] = Field(description="where random crops lie")
     horizontal_flip: Flag = Field(description="encode a mirrored copy of each view as well")
-    masks: Literal["none", "alpha"] = Field(
-        description="none | alpha: keep the images' opacity as weights of the training loss"
+    masks: Literal["none", "alpha", "files"] = Field(
+        description="none | alpha | files: weights of the training loss, of opacity or of mask files"
     )
     batch_size: Annotated[Whole, Ge(1)] = Field(
         description="images a forward pass, fixed: the last batch is padded"

@@ -206,6 +206,11 @@ def test_names_that_other_systems_write(tmp_path: Path) -> None:
     assert list(reasons(source)) == ["dog.txt"]
 
 
+def test_the_shorter_name_of_two_comes_first(tmp_path: Path) -> None:
+    source = read(folder_of(tmp_path, {"a.png": "", "a.png.txt": "longer", "a.txt": "shorter"}))
+    assert captions(source) == {"a.png": ("shorter",)} and source.rejected == []
+
+
 def test_one_caption_serves_two_formats_of_a_picture(tmp_path: Path) -> None:
     source = read(folder_of(tmp_path, {"a.png": "1", "a.jpg": "2", "a.txt": "a cat"}))
     assert captions(source) == {"a.jpg": ("a cat",), "a.png": ("a cat",)}
@@ -227,9 +232,7 @@ def test_several_caption_files_that_might_be_meant_are_named(tmp_path: Path) -> 
         "dog.TXT": "two",
     }
     found = reasons(read(folder_of(tmp_path, files | {"good.png": "", "good.txt": "good"})))
-    assert found["CAT.png"].startswith(
-        "caption file: no such file, but several that are alike: 'Cat', 'cat'"
-    )
+    assert found["CAT.png"].startswith("caption file: no such file, but several that are alike: 'Cat', 'cat'")
     assert found["dog.png"] == "caption file: several that are alike: dog.TXT, dog.txt"
     assert not {"dog.txt", "dog.TXT"} & {*found}
 

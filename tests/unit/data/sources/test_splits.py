@@ -159,6 +159,11 @@ def test_upper_case_and_words_of_a_split() -> None:
     ]  # fmt: skip
 
 
+def test_a_file_of_two_splits_is_in_the_one_that_is_trained_on() -> None:
+    rows = [SourceRow(name, ("a",)) for name in ("train/test/a.png", "test/b.png", "test/val/c.png")]
+    assert [row.split for row in agreed_splits(rows)] == ["train", "test", "validation"]
+
+
 def test_splits_that_a_source_says_come_before_those_of_names() -> None:
     rows = [SourceRow("a/test.arrow/0", ("a",), "train"), SourceRow("b/train.arrow/0", ("a",), "test")]
     assert agreed_splits(rows) == rows
