@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from stages.lib.core.files import fresh_directory, write_json, write_json_lines
 from stages.lib.core.paths import (
@@ -36,10 +34,9 @@ from stages.lib.data.image_shards import (
     fingerprint_of_images,
     write_images,
 )
-from stages.lib.data.near_duplicates import difference_hash, groups_alike
+from stages.lib.data.near_duplicates import groups_alike
 from stages.lib.data.pairs import TRAIN, VALIDATION, SampleCaptions, split_of, write_captions
-from stages.lib.data.pictures.formats import UnusableImageError
-from stages.lib.data.pictures.storing import stored_image, stored_mask
+from stages.lib.data.pictures.checking import Size, checked, checked_mask
 from stages.lib.data.sources.listing import PairSource, RejectedRow, SourceRow
 from stages.lib.data.sources.opening import Reading, open_hub_source, open_source, open_sources
 from stages.lib.data.sources.splits import TEST
@@ -182,16 +179,6 @@ def store_masks(
     return {mask.sample_id: Size(mask.width, mask.height) for mask in stored}, broken
 
 
-def checked_mask(max_pixels: int, content: bytes | OSError) -> StoredImage | str:
-    """A mask as it is stored, or why it cannot be."""
-    if isinstance(content, OSError):
-        return f"cannot be read: {content.strerror}"
-    try:
-        return stored_mask(content, max_pixels)
-    except UnusableImageError as error:
-        return str(error)
-
-
 def store_images(
     rows: Sequence[SourceRow], masks: dict[str, Size], source: PairSource, prepare: Prepare
 ) -> tuple[list[ImageEntry], list[RejectedRow], dict[str, int], int]:
@@ -230,38 +217,6 @@ def store_images(
 
         stored = write_images(PAIR_IMAGES, [row.sample_id for row in rows], load)
     return stored, broken, hashes, num_converted
-
-
-class Size(NamedTuple):
-    """Pixels."""
-
-    width: int
-    height: int
-
-    def __str__(self) -> str:
-        return f"{self.width} x {self.height}"
-
-
-class Checked(NamedTuple):
-    """An image as it is stored, whether it is converted to sRGB, and its difference hash if asked for."""
-
-    image: StoredImage
-    is_converted: bool
-    difference: int | None
-
-
-def checked(max_pixels: int, with_difference: bool, content: bytes | OSError) -> Checked | str:
-    """An image without its bytes where they are ``content``, or why it cannot be stored."""
-    if isinstance(content, OSError):
-        return f"cannot be read: {content.strerror}"
-    try:
-        image, is_converted = stored_image(content, max_pixels)
-    except UnusableImageError as error:
-        return str(error)
-    difference = difference_hash(image.data) if with_difference else None
-    digest = hashlib.sha256(image.data).hexdigest()
-    data = b"" if image.data is content else image.data  # which need not travel back from a worker process
-    return Checked(image._replace(data=data, image_sha256=digest), is_converted, difference)
 
 
 def images_alike(stored: Sequence[ImageEntry], hashes: dict[str, int], bits: int | None) -> dict[str, str]:
