@@ -154,8 +154,12 @@ def of_a_user(root: Path) -> list[Reader]:
         file = root / f"image.{name}"
         file.write_bytes(buffer.getvalue())
         return Reader(
-            f"image, {name}", file, lambda: stored_image(file.read_bytes(), 10**8), (UnusableImageError,),
-        False )
+            f"image, {name}",
+            file,
+            lambda: stored_image(file.read_bytes(), 10**8),
+            (UnusableImageError,),
+            False,
+        )
 
     def source(name: str, content: bytes, whole: Path | None = None) -> Reader:
         folder = root / name.replace(" ", "_").replace(".", "_")
