@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.locks import LOCKS, make_directory
@@ -55,6 +56,26 @@ def describe_lost_process(error: BaseException) -> str | None:
         f"another of the {num_processes()} processes has ended, or cannot be reached ({first_line}); its own "
         "message says why. Run again: what is finished is kept"
     )
+
+
+def end_failed(message: str) -> NoReturn:
+    """End this process with ``message`` and status 1.
+
+    One of several processes ends at once: its connections have threads, and one that is still there when
+    Python takes itself apart ends the process by a signal, with a message of the C++ library.
+    """
+    if num_processes() == 1:
+        sys.exit(message)
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def disconnect() -> None:
+    """End this process's connections to the others, if it has any, and with them their threads."""
+    distributed = sys.modules.get("torch.distributed")
+    if num_processes() > 1 and distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def check_one_checkout() -> None:

@@ -18,7 +18,14 @@ from stages.lib.frame.errors import StageError, printable
 from stages.lib.frame.full_disk import describe_full_disk
 from stages.lib.frame.inputs import break_links, check_apart, check_unmoved, inputs_of, look_at, outputs_of
 from stages.lib.frame.inputs import declared as declared_in_dvc
-from stages.lib.frame.launch import describe_lost_process, launch, launch_command, process_index
+from stages.lib.frame.launch import (
+    describe_lost_process,
+    disconnect,
+    end_failed,
+    launch,
+    launch_command,
+    process_index,
+)
 from stages.lib.frame.locks import LOCKS, exclusive
 from stages.lib.frame.params import Params, read_params
 from stages.lib.frame.start_up import keep_freed_memory
@@ -79,7 +86,8 @@ def run_command(name: str, main: Callable[[], None]) -> None:
         if os.environ.get(TRACEBACK, "").strip() not in ("", "0"):
             raise
         process = f", process {process_index()}" if process_index() else ""
-        sys.exit(f"\n{name}{process}: {printable(_described(name, error))}")
+        end_failed(f"\n{name}{process}: {printable(_described(name, error))}")
+    disconnect()
 
 
 class _Printable(logging.Formatter):
