@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -216,3 +217,52 @@ def test_only_the_first_process_takes_the_turn_and_trims(project, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     run_stage("train", (), lambda params: None)
     assert (lock.exists(), trimmed) == (True, [1])
+
+
+CONNECTED = """
+import atexit, os, sys
+import torch.distributed as distributed
+from stages.lib.frame.errors import StageError
+from stages.lib.frame.run import run_command
+
+atexit.register(lambda: print("taken apart, connected:", distributed.is_initialized()))
+
+def main():
+    distributed.init_process_group("gloo")
+    distributed.barrier()
+    if "fail" in sys.argv:
+        raise StageError("a reason")
+
+run_command("tiny", main)
+"""
+
+
+def both(tmp_path, *arguments: str) -> list[tuple[int, str, str]]:
+    """Status, output and errors of two connected processes."""
+    (tmp_path / "connected.py").write_text(CONNECTED)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "connected.py", *arguments],
+            env={**os.environ, **address, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    return [(*process.communicate(), process.returncode)[::-1] for process in started]
+
+
+def test_a_failed_one_of_several_ends_before_python_is_taken_apart(project):
+    """Threads of its connections would end it by a signal then, at times."""
+    for index, (status, errors, output) in enumerate(both(project, "fail")):
+        assert (status, output) == (1, "")
+        assert errors.strip() == ("tiny: a reason", "tiny, process 1: a reason")[index]
+
+
+def test_processes_that_are_done_close_their_connections(project):
+    assert both(project) == [(0, "", "taken apart, connected: False\n")] * 2
