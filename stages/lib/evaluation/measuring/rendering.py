@@ -7,6 +7,7 @@ order, which moves single pixels by a level or two of 255.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ class Renderer:
         negative_prompt: one of the texts.
         resolution: pixels, side of a picture.
         batch_size: pictures a forward pass; shorter batches are padded.
+        clip_skip, num_chunks: as the training captions were encoded.
     """
 
     pipeline: StableDiffusionPipeline
@@ -97,12 +99,20 @@ class Renderer:
     negative_prompt: str
     resolution: int
     batch_size: int
+    clip_skip: int | None
+    num_chunks: int
 
 
 def sampler_config(base: Path, unet: Path) -> dict[str, Any]:
     """The scheduler_config.json beside a trained UNet's weights, else that of the base."""
     trained = unet / "scheduler_config.json"
     return read_config(trained if trained.exists() else base / "scheduler" / "scheduler_config.json")
+
+
+def own_sampler(base: Path, unet: Path) -> Any:
+    """The scheduler that a UNet's own `sampler_config` asks for; StageError if diffusers has none such."""
+    config = sampler_config(base, unet)
+    return _scheduler_class(config.get("_class_name", "PNDMScheduler"), unet).from_config(config)
 
 
 def unused_libraries(config: Mapping[str, Any]) -> list[str]:
@@ -142,7 +152,7 @@ def load_renderer(
     pipeline = StableDiffusionPipeline.from_pretrained(
         base,
         unet=load_unet(unet.parent),
-        scheduler=_scheduler_class(config.get("_class_name", "PNDMScheduler"), unet).from_config(config),
+        scheduler=own_sampler(base, unet),
         safety_checker=None,
         requires_safety_checker=False,
         use_safetensors=True,
@@ -152,15 +162,16 @@ def load_renderer(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.to(memory_format=torch.channels_last)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    distinct = list(dict.fromkeys([*texts, options.negative_prompt]))
-    embeds = _embed(pipeline, distinct, clip_skip, num_chunks)
-    return Renderer(
-        pipeline,
-        dict(zip(distinct, embeds, strict=True)),
-        options.negative_prompt,
-        resolution,
-        options.batch_size,
-    )
+    renderer = Renderer(pipeline, {}, "", resolution, options.batch_size, clip_skip, num_chunks)
+    return with_texts(renderer, texts, options.negative_prompt)
+
+
+def with_texts(renderer: Renderer, texts: Iterable[str], negative_prompt: str) -> Renderer:
+    """The same renderer for other prompts, each encoded once."""
+    distinct = list(dict.fromkeys([*texts, negative_prompt]))
+    embeds = _embed(renderer.pipeline, distinct, renderer.clip_skip, renderer.num_chunks)
+    known = dict(zip(distinct, embeds, strict=True))
+    return dataclasses.replace(renderer, prompt_embeds=known, negative_prompt=negative_prompt)
 
 
 def render(
