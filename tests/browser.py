@@ -50,8 +50,8 @@ class Browser:
                 return answer["result"]
             self.events.append(answer)
 
-    def open(self, page: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Load a page and wait for it; forgets earlier events."""
+    def open(self, page: Path | str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        """Load a page, a file or an address, and wait for it; forgets earlier events."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -63,7 +63,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page.as_uri() if isinstance(page, Path) else page)
         while not self._seen("Page.loadEventFired"):
             self.events.append(self._read())
 

@@ -31,6 +31,7 @@ ENCODE_IMAGES_METRICS = DATA / "encode_images_metrics.json"
 
 # train
 TRAINED_UNET = DATA / "unet"
+SNAPSHOTS = DATA / "snapshots"
 TRAINING = DATA / "training"
 PLOTS = TRAINING / "plots"
 CURVES = PLOTS / "metrics"
