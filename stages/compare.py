@@ -1,11 +1,11 @@
-"""Write one self-contained page about several runs side by side.
+"""Write one page about several runs side by side.
 
 `python -m stages.compare REV [REV ...] [--out PATH]`, where REV is a branch, a tag, a commit, the
 name of a DVC experiment, or `workspace`. Nothing is checked out: outputs are read from DVC's cache,
 or from the remote where one is set up.
 
 Reads  what `python -m stages.gallery` reads, of each revision
-Writes data/comparison.html, or --out
+Writes data/comparison.html and comparison_files/ beside it, or --out and its
 Params none
 """
 
@@ -26,6 +26,7 @@ from stages.lib.core.paths import COMPARISON_PAGE
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.run import run_command
 from stages.lib.page.comparison import changes_from_first
+from stages.lib.page.pictures import PictureFiles
 from stages.lib.page.render import render_page
 from stages.lib.page.run import Run
 from stages.lib.page.run_outputs import MissingOutput, read_run
@@ -44,7 +45,10 @@ def main(revisions: list[str], output: Path) -> None:
         StageError: this is no DVC repository, a revision is unknown, or lacks an output.
     """
     root = find_repository()
-    runs = [read_revision(root, revision) for revision in dict.fromkeys(revisions)]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    pictures = PictureFiles(output)
+    runs = [read_revision(root, revision, pictures) for revision in dict.fromkeys(revisions)]
+    pictures.finish()
     write_text(output, render_page(runs, changes_from_first(runs)))
 
 
@@ -58,12 +62,12 @@ def find_repository() -> str:
         ) from error
 
 
-def read_revision(root: str, revision: str) -> Run:
+def read_revision(root: str, revision: str, pictures: PictureFiles) -> Run:
     """The run of one revision."""
     files = DVCFileSystem(root, rev=None if revision == WORKSPACE else revision)
     try:
         commit = "" if revision == WORKSPACE else files.repo.get_rev()
-        return read_run(files, revision, commit)
+        return read_run(files, revision, pictures, commit)
     except RevError as error:
         raise StageError(f"{revision}: no such revision; {describe_known(root)}") from error
     except MissingOutput as error:

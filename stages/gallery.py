@@ -1,8 +1,8 @@
-"""Write one self-contained page about the run: pictures side by side, metrics, curves, lineage.
+"""Write one page about the run: pictures side by side, metrics, curves, lineage.
 
 Reads  data/evaluation, data/baseline, data/training/plots, data/unet, data/encode_images_report,
        data/pairs/rejected.jsonl, params.yaml; of dvc.lock the stages upstream of evaluate
-Writes data/evaluation/index.html
+Writes data/evaluation/index.html, and index_files/ beside it
 Params all sections, to print them
 """
 
@@ -16,13 +16,16 @@ from stages.lib.core.files import write_text
 from stages.lib.core.paths import GALLERY_PAGE
 from stages.lib.frame.params import Params
 from stages.lib.frame.run import run_stage
+from stages.lib.page.pictures import PictureFiles
 from stages.lib.page.render import render_page
 from stages.lib.page.run_outputs import read_run
 
 
 def main(params: Params) -> None:
     files = DirFileSystem(Path.cwd().as_posix(), target_protocol="file")
-    page = render_page([read_run(files, "this run")])
+    pictures = PictureFiles(GALLERY_PAGE)
+    page = render_page([read_run(files, "this run", pictures)])
+    pictures.finish()
     write_text(GALLERY_PAGE, page)
 
 

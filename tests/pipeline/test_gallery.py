@@ -36,6 +36,7 @@ from stages.lib.page.charts import (
 )
 from stages.lib.page.lineage import read_weights_lineage
 from stages.lib.page.metric_lines import verdict
+from stages.lib.page.pictures import PictureFiles
 from stages.lib.page.run import Curve, Estimate
 from tests.browser import headless_browser
 from tests.conftest import REPOSITORY
@@ -50,11 +51,15 @@ class Parsed(HTMLParser):
     Attributes:
         tags: every start tag with its attributes.
         text: what is read, single spaces.
-        drawings: PNG bytes of the static images, in order.
-        pictures: PNG bytes that the script shows, by name.
+        drawings: pixels of the static images, in order.
+        pictures: pixels that the script shows, by name.
+
+    Args:
+        html: of the page.
+        directory: that it lies in.
     """
 
-    def __init__(self, html: str) -> None:
+    def __init__(self, html: str, directory: Path) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.inside: list[str] = []
@@ -64,8 +69,10 @@ class Parsed(HTMLParser):
         self.text = " ".join(" ".join(self.texts).split())
         self.data = json.loads(self.scripts["application/json"])
         sources = [attributes.get("src") or "" for tag, attributes in self.tags if tag == "img"]
-        self.drawings = [decode(source) for source in sources if source]
-        self.pictures = {name: decode(entry["uri"]) for name, entry in self.data["pictures"].items()}
+        self.drawings = [decode(source, directory) for source in sources if source]
+        self.pictures = {
+            name: decode(entry["uri"], directory) for name, entry in self.data["pictures"].items()
+        }
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -83,14 +90,22 @@ class Parsed(HTMLParser):
             self.scripts[self.inside[-1]] = self.scripts.get(self.inside[-1], "") + data
 
 
-def decode(uri: str) -> bytes:
-    prefix, content = uri.split(",", 1)
-    assert prefix == "data:image/png;base64"
-    return base64.b64decode(content)
+def decode(address: str, directory: Path) -> bytes:
+    """Pixels of a picture inside the page or beside it."""
+    prefix, _, content = address.partition(",")
+    if prefix == "data:image/webp;base64":
+        return pixels(base64.b64decode(content))
+    assert re.fullmatch(r"\w+_files/[0-9a-f]{16}\.webp", address), address
+    return pixels((directory / address).read_bytes())
+
+
+def pixels(content: bytes) -> bytes:
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    return repr(image.size).encode() + image.tobytes()
 
 
 def parse(path: Path) -> Parsed:
-    return Parsed(path.read_text(encoding="utf-8"))
+    return Parsed(path.read_text(encoding="utf-8"), path.parent)
 
 
 def check_self_contained(page: Parsed) -> None:
@@ -98,12 +113,13 @@ def check_self_contained(page: Parsed) -> None:
     for tag, attributes in page.tags:
         for name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
             value = attributes.get(name) or ""
-            assert not value or value.startswith(("data:", "#")), (tag, name, value[:80])
+            beside = re.fullmatch(r"(index|comparison)_files/[0-9a-f]{16}\.webp", value) and tag == "img"
+            assert not value or value.startswith(("data:", "#")) or beside, (tag, name, value[:80])
     assert not re.search(r"url\(|@import", page.scripts["style"])
     addresses = set(re.findall(r"https?://[^\"'\s]*", page.scripts["script"]))
     assert addresses == {"http://www.w3.org/2000/svg"}  # a name, never fetched
     policies = [attributes["content"] for tag, attributes in page.tags if "http-equiv" in attributes]
-    assert len(policies) == 1 and "default-src 'none'; img-src data:;" in policies[0]
+    assert len(policies) == 1 and "default-src 'none'; img-src data: file: 'self';" in policies[0]
 
 
 @pytest.fixture
@@ -121,11 +137,11 @@ def written() -> Parsed:
 def test_every_picture_is_inside_and_nothing_is_fetched(run):
     page = written()
     check_self_contained(page)
-    samples = {path.read_bytes() for path in Path("data").glob("*/samples/*/*.png")}
+    samples = {pixels(path.read_bytes()) for path in Path("data").glob("*/samples/*/*.png")}
     assert set(page.pictures.values()) == samples
     drawn = [path for path in Path("data").rglob("*.png") if "samples" not in path.parts]
     assert len(drawn) == 9
-    assert {path.read_bytes() for path in drawn} == set(page.drawings)
+    assert {pixels(path.read_bytes()) for path in drawn} == set(page.drawings)
 
 
 def test_each_cell_shows_its_own_prompt_seed_and_setting(run):
@@ -138,7 +154,7 @@ def test_each_cell_shows_its_own_prompt_seed_and_setting(run):
             setting, prompt, place = map(int, cell.split("/"))
             setting_name = ("base_guidance5_steps25", "ddim_guidance2_steps10")[setting]
             file = Path(f"data/{folder}/samples/{setting_name}/prompt{prompt:02d}_seed{(0, 7)[place]}.png")
-            assert decode(data["pictures"][name]["uri"]) == file.read_bytes()
+            assert decode(data["pictures"][name]["uri"], PAGE.parent) == pixels(file.read_bytes())
 
 
 def test_the_same_inputs_give_the_same_bytes(run, tmp_path, monkeypatch):
@@ -452,7 +468,10 @@ def test_the_page_opens_without_a_complaint_a_request_or_a_sideways_scroll(run, 
     gallery.main(None)
     browser.open(PAGE.absolute(), width=width)
     assert browser.complaints() == []
-    assert browser.requests() == [PAGE.absolute().as_uri()]
+    page, *others = browser.requests()
+    assert page == PAGE.absolute().as_uri()
+    assert all(other.startswith(f"{PAGE.parent.absolute().as_uri()}/index_files/") for other in others)
+    browser.run("for (const image of document.images) image.loading = 'eager'")
     browser.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
     assert browser.run("document.documentElement.scrollWidth") <= width
     broken = "[...document.images].filter((each) => each.src && !each.hidden && !each.naturalWidth).length"
@@ -472,13 +491,19 @@ def box_of(browser, element: str) -> list[float]:
                        f"(document.querySelector('{element}').getBoundingClientRect())")  # fmt: skip
 
 
+def shown_pixels(address: str) -> np.ndarray:
+    prefix, _, content = address.partition(",")
+    assert prefix == "data:image/webp;base64"  # so small a picture lies inside
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB"), int)
+
+
 def check_halves(browser, divider: float) -> None:
     """The left picture is seen up to the divider, at a share of the width, and the right one from there."""
     browser.screenshot(Path("window.png"))
     window = np.asarray(Image.open("window.png").convert("RGB"), int)
     left, top, width, height = box_of(browser, "#frame")
     pictures = [
-        np.asarray(Image.open(io.BytesIO(decode(browser.run(f"document.getElementById('{side}').src")))), int)
+        shown_pixels(browser.run(f"document.getElementById('{side}').getAttribute('src')"))
         for side in ("left", "right")
     ]
     difference = 0
@@ -590,3 +615,103 @@ def test_the_policy_stops_a_request_that_something_might_slip_in(run, browser):
     assert any("Content Security Policy" in complaint for complaint in browser.complaints())
     failed = [event["params"] for event in browser.events if event.get("method") == "Network.loadingFailed"]
     assert [failure["blockedReason"] for failure in failed] == ["csp"]
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A run with pictures too large to lie inside its page."""
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, prompts=[f"prompt {number}" for number in range(9)], size=160)
+    return tmp_path
+
+
+def test_large_pictures_lie_beside_the_page_and_are_loaded_when_they_are_shown(large, browser):
+    page = written()
+    samples = {pixels(path.read_bytes()) for path in Path("data").glob("*/samples/*/*.png")}
+    assert set(page.pictures.values()) == samples
+    thumbnails = [entry["thumbnail"] for entry in page.data["pictures"].values()]
+    assert {Image.open(io.BytesIO(base64.b64decode(each.split(",")[1]))).size for each in thumbnails} == {
+        (96, 96)
+    }
+    browser.open(PAGE.absolute())
+    asked = {address.rpartition("/")[2] for address in browser.requests()[1:]}
+    shown = {
+        Path(page.data["pictures"][source["cells"]["0/0/0"]]["uri"]).name for source in page.data["sources"]
+    }
+    drawings = {
+        attributes["src"].rpartition("/")[2] for tag, attributes in page.tags if attributes.get("src")
+    }
+    assert shown <= asked <= shown | drawings
+    for picture in Path("data/evaluation/index_files").iterdir():
+        picture.unlink()
+    browser.open(PAGE.absolute())
+    note = "document.querySelector('.absent.right').textContent"
+    browser.run("new Promise((resolve) => setTimeout(resolve, 500))")
+    assert browser.run(note).endswith(".webp is not beside this page")
+
+
+def test_an_address_leads_to_a_prompt_seed_and_setting_by_name(large, browser):
+    written()
+    browser.open(PAGE.absolute())
+    browser.run("change({prompt: 7, seed: 1, setting: 1})")
+    address = browser.run("location.href")
+    browser.open("about:blank")
+    browser.open(address)
+    assert browser.run("[state.prompt, state.seed, state.setting]") == [7, 1, 1]
+    assert browser.run("document.getElementById('prompt').textContent") == "prompt 7"
+    browser.open("about:blank")
+    browser.open(f"{PAGE.absolute().as_uri()}#prompt=prompt+3&seed=12345")
+    assert browser.run("[state.prompt, state.seed, state.setting]") == [3, 0, 0]
+
+
+def test_prompts_are_searched_and_letter_keys_can_be_switched_off(large, browser):
+    written()
+    browser.open(PAGE.absolute())
+    browser.run(
+        "(() => { const field = document.getElementById('search'); field.value = '7 prom';"
+        "field.dispatchEvent(new Event('input')); })()"
+    )
+    rows = "[...document.querySelectorAll('#chooser .row')].map((row) => !row.hidden)"
+    assert browser.run(rows) == [number == 7 for number in range(9)]
+    assert browser.run("document.getElementById('found').textContent") == "1 of 9"
+    browser.press("j")
+    assert browser.run("state.prompt") == 1
+    browser.run("document.getElementById('letter-keys').click()")
+    browser.press("j")
+    assert browser.run("state.prompt") == 1
+
+
+def test_the_picture_stays_in_sight_while_a_prompt_is_chosen(tmp_path, monkeypatch, browser):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, prompts=[f"prompt {number}" for number in range(40)])
+    written()
+    for width, height in ((1280, 700), (390, 800)):
+        browser.open(PAGE.absolute(), width=width, height=height)
+        browser.run("[...document.querySelectorAll('#chooser .row')].at(-1).scrollIntoView({block: 'end'})")
+        _, top, _, height_of_frame = box_of(browser, "#frame")
+        assert top >= 0
+        assert top + height_of_frame <= height
+        assert height_of_frame > 200
+
+
+def test_a_folder_that_no_page_made_is_left_alone(run):
+    mine = Path("data/evaluation/index_files/holiday.jpg")
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    with pytest.raises(StageError, match=r"index_files: expected pictures of an earlier page.*holiday\.jpg"):
+        gallery.main(None)
+    assert mine.read_bytes() == b"mine"
+
+
+def test_a_picture_that_no_webp_can_hold_stays_a_png(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (17000, 2), "red").save(buffer, "PNG")
+    files = PictureFiles(tmp_path / "page.html")
+    [picture] = files.add([("wide.png", buffer.getvalue())])
+    files.finish()
+    assert (tmp_path / picture.source).read_bytes() == buffer.getvalue()
+
+
+def test_the_title_says_what_was_trained_on_what(run):
+    steps = yaml.safe_load(Path("params.yaml").read_text())["train"]["max_train_steps"]
+    assert written().text.startswith(f"Fine-tuned on openmoji, {steps} steps")

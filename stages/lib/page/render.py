@@ -1,7 +1,7 @@
-"""One self-contained HTML page about one run or several: no network, no build step, pictures inside.
+"""One HTML page about one run or several: no network, no build step, pictures inside it or beside it.
 
-The Content-Security-Policy in the page forbids every request and every script but its own, so neither
-a caption nor a prompt can bring one in.
+The Content-Security-Policy in the page forbids every script but its own and every request but for pictures
+that lie beside it, so neither a caption nor a prompt can bring one in.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import yaml
 
 from stages.lib.page.charts import (
     BOTTOM,
@@ -29,13 +30,13 @@ from stages.lib.page.charts import (
     signed,
 )
 from stages.lib.page.metric_lines import color, compare_metrics, run_label, shared_label
-from stages.lib.page.run import Cell, Estimate, Figure, Metric, Picture, Run
+from stages.lib.page.pictures import Picture
+from stages.lib.page.run import Cell, Estimate, Figure, Metric, Run
 
 FILES = Path(__file__).parent / "templates"
 PLOT = {"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM, "width": WIDTH, "height": HEIGHT}
 NUM_REASONS = 20
 MISSING = object()
-ENLARGED_BELOW = 128  # pixels; smaller pictures are enlarged without smoothing
 
 
 class PictureSource(NamedTuple):
@@ -75,6 +76,10 @@ def render_page(
     sources, charts = picture_sources(runs), draw_charts(runs)
     return environment.get_template("page.html.jinja").render(
         runs=runs,
+        title=title_of(runs[0]),
+        params_text=yaml.safe_dump(runs[0].params, sort_keys=False, allow_unicode=True)
+        if len(runs) == 1
+        else "",
         colors=[color(index) for index in range(len(runs))],
         several=len(runs) > 1,
         sources=sources,
@@ -91,6 +96,16 @@ def render_page(
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def title_of(run: Run) -> str:
+    """What was fine-tuned on what, and for how long."""
+    prepare, train = run.params.get("prepare", {}), run.params.get("train", {})
+    source = prepare.get("source") or prepare.get("hub_id") or "several sources"
+    name = Path(str(source)).name or str(source)
+    steps, epochs = train.get("max_train_steps"), train.get("num_train_epochs")
+    length = f", {steps:,} steps" if isinstance(steps, int) else f", {epochs} epochs" if epochs else ""
+    return f"Fine-tuned on {name}{length}"
 
 
 def picture_sources(runs: Sequence[Run]) -> list[PictureSource]:
@@ -190,7 +205,7 @@ def page_data(
         "seeds": seeds,
         "settings": [settings[name] for name in names],
         "pictures": {
-            picture.name: {"uri": picture.data_uri, "small": picture.width <= ENLARGED_BELOW}
+            picture.name: {"uri": picture.source, "thumbnail": picture.thumbnail, "small": picture.is_small}
             for source in sources
             for picture in source.pictures.values()
         },

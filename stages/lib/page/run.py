@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import functools
-import hashlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from stages.lib.page.lineage import Lineage
+from stages.lib.page.pictures import Picture
 
 
 @dataclass(frozen=True)
@@ -47,32 +45,6 @@ class Metric:
     real: Estimate
     note: str
     values: Values | None = None
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG file."""
-
-    content: bytes
-
-    @functools.cached_property
-    def name(self) -> str:
-        """The same for the same bytes."""
-        return hashlib.sha256(self.content).hexdigest()[:16]
-
-    @property
-    def width(self) -> int:
-        """Pixels."""
-        return int.from_bytes(self.content[16:20])
-
-    @property
-    def height(self) -> int:
-        """Pixels."""
-        return int.from_bytes(self.content[20:24])
-
-    @property
-    def data_uri(self) -> str:
-        return "data:image/png;base64," + base64.b64encode(self.content).decode()
 
 
 class Cell(NamedTuple):

@@ -13,7 +13,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from stages.lib.core import paths
 from stages.lib.core.sums import SUMS, parse_sums, remedy, sum_of, unsealed
 from stages.lib.frame.errors import StageError, printable
 from stages.lib.page.lineage import Lineage, read_lock, read_weights_lineage
-from stages.lib.page.run import Cell, Copied, Curve, Estimate, Figure, Metric, Picture, Reason, Run, Values
+from stages.lib.page.pictures import Picture, PictureFiles
+from stages.lib.page.run import Cell, Copied, Curve, Estimate, Figure, Metric, Reason, Run, Values
 
 REPORT, CURVES = paths.EVALUATION_REPORT.as_posix(), paths.CURVES.as_posix()
 STAGE_OF = {
@@ -59,8 +60,14 @@ FIGURES = (
 )
 
 
-def read_run(files: AbstractFileSystem, name: str, revision: str = "") -> Run:
+def read_run(files: AbstractFileSystem, name: str, pictures: PictureFiles, revision: str = "") -> Run:
     """Read a run, and verify what is read by the hashes that its stages left.
+
+    Args:
+        files: rooted at the repository.
+        name: of the run.
+        pictures: get the run's.
+        revision: commit, empty for what is in the working tree.
 
     Raises:
         MissingOutput: the report, a picture it lists, or the training curves cannot be read.
@@ -88,9 +95,9 @@ def read_run(files: AbstractFileSystem, name: str, revision: str = "") -> Run:
         settings=settings,
         examples=report.get("examples") or {},
         memorised=memorised,
-        base=_samples(outputs, paths.BASELINE, list(settings), prompts, seeds),
-        tuned=_samples(outputs, paths.EVALUATION, list(settings), prompts, seeds),
-        figures=_figures(outputs, settings),
+        base=_samples(outputs, pictures, paths.BASELINE, list(settings), prompts, seeds),
+        tuned=_samples(outputs, pictures, paths.EVALUATION, list(settings), prompts, seeds),
+        figures=_figures(outputs, pictures, settings),
         curves=_curves(outputs),
         rejected=_reasons(outputs, paths.REJECTED_PAIRS, "name"),
         left_out=_reasons(outputs, paths.ENCODING_REPORT / "left_out.jsonl", "sample_id"),
@@ -198,28 +205,40 @@ def _expected(path: str, what: str, stage: str) -> Iterator[None]:
 
 
 def _samples(
-    outputs: Outputs, folder: Path, settings: list[str], prompts: Sequence[str], seeds: Sequence[int]
+    outputs: Outputs,
+    pictures: PictureFiles,
+    folder: Path,
+    settings: list[str],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
 ) -> dict[Cell, Picture]:
-    return {
-        Cell(setting, prompt, seed): Picture(
-            outputs.read(f"{folder.as_posix()}/samples/{setting}/prompt{index:02d}_seed{seed}.png")
-        )
+    path_of = {
+        Cell(setting, prompt, seed): f"{folder.as_posix()}/samples/{setting}/prompt{index:02d}_seed{seed}.png"
         for setting in settings
         for index, prompt in enumerate(prompts)
         for seed in seeds
     }
+    return dict(zip(path_of, pictures.add(_read(outputs, path_of.values())), strict=True))
 
 
-def _figures(outputs: Outputs, settings: dict[str, str]) -> tuple[Figure, ...]:
+def _figures(outputs: Outputs, pictures: PictureFiles, settings: dict[str, str]) -> tuple[Figure, ...]:
     grids = [
         ("pictures", f"Base and fine-tuned, {text}", paths.EVALUATION / "grids" / f"{setting}.png")
         for setting, text in settings.items()
     ]
-    return tuple(
-        Figure(section, title, Picture(outputs.read(path.as_posix())))
+    found = [
+        (section, title, path.as_posix())
         for section, title, path in (*grids, *FIGURES)
         if outputs.exists(path.as_posix())
+    ]
+    drawn = pictures.add(_read(outputs, [path for *_, path in found]))
+    return tuple(
+        Figure(section, title, picture) for (section, title, _), picture in zip(found, drawn, strict=True)
     )
+
+
+def _read(outputs: Outputs, wanted: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    return ((path, outputs.read(path)) for path in wanted)
 
 
 def _curves(outputs: Outputs) -> tuple[Curve, ...]:

@@ -14,13 +14,22 @@ function pictureOf(source, prompt = state.prompt, seed = state.seed) {
   return page.pictures[page.sources[source].cells[`${state.setting}/${prompt}/${seed}`]];
 }
 
-function setPicture(image, picture, text) {
+function setPicture(image, picture, text, address = "uri") {
   image.hidden = !picture;
   image.alt = text;
   if (picture) {
-    image.src = picture.uri;
+    if (image.getAttribute("src") !== picture[address]) image.src = picture[address];
     image.classList.toggle("small", picture.small);
   }
+}
+
+/* A picture that lies beside the page is gone when the page alone was moved. */
+function tellOfMissing(image, note) {
+  image.addEventListener("error", () => {
+    note.textContent = `${image.getAttribute("src")} is not beside this page`;
+    note.hidden = false;
+    image.hidden = true;
+  });
 }
 
 function show() {
@@ -28,9 +37,18 @@ function show() {
   for (const side of ["left", "right"]) {
     const { label } = page.sources[state[side]];
     const picture = pictureOf(state[side]);
+    const absent = document.querySelector(`.absent.${side}`);
+    absent.textContent = "no such picture";
+    absent.hidden = Boolean(picture);
     setPicture(byId(side), picture, `${label}: ${prompt.text}, seed ${page.seeds[state.seed]}`);
-    document.querySelector(`.absent.${side}`).hidden = Boolean(picture);
     byId(`${side}-label`).textContent = label;
+    const save = byId(`${side}-save`);
+    save.hidden = !picture;
+    if (picture) {
+      save.textContent = `full size, ${label}`;
+      save.href = picture.uri;
+      save.download = `${label}, ${prompt.text}, seed ${page.seeds[state.seed]}.webp`.replace(/[\\/:*?"<>|]/g, "_");
+    }
     byId(`${side}-source`).value = state[side];
   }
   byId("setting").value = state.setting;
@@ -40,19 +58,45 @@ function show() {
   for (const button of document.querySelectorAll("#chooser button")) {
     const [row, column] = [Number(button.dataset.prompt), Number(button.dataset.seed)];
     const chosen = row === state.prompt && column === state.seed;
-    setPicture(button.firstChild, pictureOf(state.right, row, column), "");
+    setPicture(button.firstChild, pictureOf(state.right, row, column), "", "thumbnail");
     button.setAttribute("aria-pressed", chosen);
     button.tabIndex = chosen ? 0 : -1;
     button.parentElement.classList.toggle("chosen", row === state.prompt);
   }
   for (const [index, button] of [...byId("strip").children].entries()) {
-    setPicture(button.firstChild, pictureOf(index), "");
+    setPicture(button.firstChild, pictureOf(index), "", "thumbnail");
     button.setAttribute("aria-pressed", index === state.right);
   }
 }
 
 function change(values) {
   Object.assign(state, values);
+  show();
+  history.replaceState(null, "", `#${new URLSearchParams(namesOfState())}`);
+}
+
+/* What an address says of the state: by name, so that it holds for a page of other prompts too. */
+const namesOfState = () => ({
+  prompt: page.prompts[state.prompt].text,
+  seed: page.seeds[state.seed],
+  setting: page.settings[state.setting],
+  left: page.sources[state.left].label,
+  right: page.sources[state.right].label,
+});
+
+function followAddress() {
+  const asked = new URLSearchParams(location.hash.slice(1));
+  const lists = {
+    prompt: page.prompts.map(({ text }) => text),
+    seed: page.seeds.map(String),
+    setting: page.settings,
+    left: page.sources.map(({ label }) => label),
+    right: page.sources.map(({ label }) => label),
+  };
+  for (const [key, list] of Object.entries(lists)) {
+    const found = list.indexOf(asked.get(key));
+    if (found >= 0) state[key] = found;
+  }
   show();
 }
 
@@ -66,7 +110,7 @@ function fillSelect(id, labels, key) {
 function buildChooser() {
   const chooser = byId("chooser");
   chooser.append(...page.prompts.map(({ text }, prompt) =>
-    make("div", {},
+    make("div", { className: "row" },
       make("p", { dir: "auto", textContent: text }),
       ...page.seeds.map((value, seed) => {
         const button = make("button", { type: "button" }, make("img"));
@@ -76,7 +120,7 @@ function buildChooser() {
         return button;
       }))));
   chooser.addEventListener("keydown", (event) => {
-    const next = neighbour([...chooser.querySelectorAll("button")], document.activeElement, event.key);
+    const next = neighbour([...chooser.querySelectorAll(".row:not([hidden]) button")], document.activeElement, event.key);
     if (!next) return;
     event.preventDefault();
     next.click();
@@ -99,6 +143,21 @@ function neighbour(buttons, from, key) {
   };
   const near = buttons.reduce((best, button) => (distance(button) < distance(best) ? button : best));
   return distance(near) < Infinity ? near : undefined;
+}
+
+function buildSearch() {
+  const field = byId("search");
+  byId("search-field").hidden = page.prompts.length < 9;
+  field.addEventListener("input", () => {
+    const words = field.value.toLowerCase().split(/\s+/);
+    const rows = [...document.querySelectorAll("#chooser .row")];
+    rows.forEach((row, prompt) => {
+      const text = page.prompts[prompt].text.toLowerCase();
+      row.hidden = !words.every((word) => text.includes(word));
+    });
+    const left = rows.filter((row) => !row.hidden).length;
+    byId("found").textContent = field.value ? `${left} of ${rows.length}` : "";
+  });
 }
 
 function buildStrip() {
@@ -138,8 +197,10 @@ function listenToKeys() {
     s: () => step("seed", page.seeds.length, 1),
     g: () => step("setting", page.settings.length, 1),
   };
+  const on = byId("letter-keys");
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select")) return;
+    if (!on.checked || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target.matches("select, input[type=search]")) return;
     keys[event.key]?.();
   });
 }
@@ -217,9 +278,18 @@ fillSelect("right-source", page.sources.map(({ label }) => label), "right");
 for (const id of ["setting-field", "setting-hint"]) byId(id).hidden = page.settings.length < 2;
 for (const id of ["left-field", "right-field"]) byId(id).hidden = page.sources.length < 3;
 buildChooser();
+buildSearch();
 buildStrip();
 buildSlider();
 listenToKeys();
 document.querySelectorAll(".chart").forEach((figure, index) => buildChart(figure, page.charts[index]));
 buildLightbox();
-show();
+for (const button of document.querySelectorAll(".copy")) {
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(byId("params-text").textContent);
+    button.textContent = "Copied";
+  });
+}
+for (const side of ["left", "right"]) tellOfMissing(byId(side), document.querySelector(`.absent.${side}`));
+addEventListener("hashchange", followAddress);
+followAddress();
