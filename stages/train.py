@@ -2,6 +2,7 @@
 
 Reads  data/base/unet, data/base/scheduler, data/latents.zarr, data/captions.zarr, data/pairs/captions.parquet
 Writes data/unet (UNet2DConditionModel, scheduler_config.json to sample with, adapters with lora_rank),
+       data/snapshots (as data/unet, of earlier steps),
        data/training (curves, previews), data/training_speed.json (this machine's; no output of DVC's)
 Params train, validation
 """
@@ -12,13 +13,14 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from stages.lib.core.files import write_json
+from stages.lib.core.files import fresh_directory, write_json
 from stages.lib.core.fingerprints import code_identity, fingerprint
 from stages.lib.core.paths import (
     BASE,
     PLOTS,
     PREVIEWS,
     RUN_FILE,
+    SNAPSHOTS,
     TRAINED_UNET,
     TRAINING,
     TRAINING_SPEED,
@@ -48,7 +50,7 @@ from stages.lib.training.lineage import (
     run_identity,
     yardstick,
 )
-from stages.lib.training.loop import Watch, train_steps
+from stages.lib.training.loop import Watch, is_due, train_steps
 from stages.lib.training.optimizers import OPTIMIZERS
 from stages.lib.training.processes import (
     check_same_step,
@@ -77,7 +79,7 @@ def main(params: Params) -> None:
 
     lineage = lineage_of(
         params, BASE, scheduler.config.prediction_type, data.samples, data.latents, data.conditioning,
-        code_identity(main, without=(*WATCHING, check_disk, export, watch_run, write_hashes)),
+        code_identity(main, without=(*WATCHING, *EXPORTING, check_disk, watch_run)),
     )  # fmt: skip
     checkpoints = Checkpoints(work_root(), run_identity(lineage), accelerator.is_main_process)
     learner = prepare(accelerator, unet, scheduler, options, max_train_steps)
@@ -97,6 +99,7 @@ def main(params: Params) -> None:
     train_steps(learner, Feed(parts_of, watch.steps_left, accelerator.device), data, options, watch)
     watch.close()
     export(params, learner, watch, sampling, lineage)
+    export_snapshots(params, learner, watch, sampling, lineage)
     if accelerator.is_main_process:
         write_hashes()
 
@@ -145,7 +148,8 @@ def check_disk(params: Params, learner: Learner, watch: Watch) -> None:
     """Raise StageError before the first step if the disk is too small for what the run keeps."""
     num_checkpoints = -(-len(watch.steps_left) // params.train.checkpoint_every_steps)
     has_best = any(sample.split == VALIDATION for sample in watch.data.samples)
-    watch.checkpoints.check_room(*learner.state_bytes(params.train), num_checkpoints, has_best)
+    num_snapshots = sum(step in watch.steps_left for step in snapshot_steps(params, watch))
+    watch.checkpoints.check_room(*learner.state_bytes(params.train), num_checkpoints, has_best, num_snapshots)
 
 
 def export(
@@ -166,11 +170,44 @@ def export(
             export_unet(whole, TRAINED_UNET, sampling, texts)
 
 
+def snapshot_steps(params: Params, watch: Watch) -> list[int]:
+    """After how many steps data/snapshots gets weights, in a run that goes on to its end."""
+    every, last = params.train.snapshot_every_steps, watch.max_train_steps
+    return [step for step in range(1, last + 1) if is_due(step, last, every)]
+
+
+def export_snapshots(
+    params: Params, learner: Learner, watch: Watch, sampling: Mapping[str, Any], lineage: Mapping[str, str]
+) -> None:
+    """data/snapshots/step-*: as data/unet, of the steps that ``snapshot_every_steps`` asks for.
+
+    Those of a run whose checkpoints have passed them by, under another interval, are told and left out.
+    """
+    is_main = learner.accelerator.is_main_process
+    if is_main:
+        fresh_directory(SNAPSHOTS)
+    for step in snapshot_steps(params, watch):
+        if step > watch.num_steps:
+            break
+        weights = watch.checkpoints.load_snapshot(step, watch.exports_average)
+        if weights is None:
+            continue
+        load_weights(learner.trained, weights)
+        whole = unsharded(learner.unet, BASE)
+        if is_main:
+            of_a_step = params.train.model_copy(update={"export": "last"})
+            texts = exported_lineage(lineage, watch.environments, of_a_step, step)
+            export_unet(whole, SNAPSHOTS / f"step-{step:06d}", sampling, texts)
+
+
 def write_hashes() -> None:
     """Hashes of what was made, and in curves and previews the hash of the weights that they belong to."""
     for directory in (PLOTS, PREVIEWS):
         write_json(directory / RUN_FILE, {"unet_sha256": hash_file(TRAINED_UNET / SUMS)})
         write_sums(directory)
+
+
+EXPORTING = (export, export_snapshots, write_hashes)  # change no weight either
 
 
 def lean_main(params: Params) -> None:

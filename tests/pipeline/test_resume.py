@@ -50,7 +50,8 @@ runpy.run_module("stages.train", run_name="__main__", alter_sys=True)
 
 ONLY_LOOKED_AT = {
     "checkpoint_every_steps", "export", "export_ema", "log_every_steps", "max_resident_bytes",
-    "num_previews", "preview_every_steps", "preview_guidance_scale", "validate_ema", "validation_every_steps",
+    "num_previews", "preview_every_steps", "preview_guidance_scale", "snapshot_every_steps",
+    "validate_ema", "validation_every_steps",
 }  # fmt: skip
 ONLY_ROUNDED = {"channels_last", "gradient_accumulation_steps", "gradient_checkpointing", "torch_compile"}
 

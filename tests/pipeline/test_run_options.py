@@ -1,5 +1,6 @@
 """Options of a training run, end to end: each changes what it should and nothing else."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -655,3 +656,37 @@ def test_a_base_that_predicts_samples_is_trained_as_such(encoded):
     reseal()
     run_train(max_train_steps=1, lr_warmup_steps=0)
     assert read_lineage(Path("data/unet"))["prediction_type"] == "sample"
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_snapshots_are_what_shorter_runs_export(encoded, use_ema):
+    """After a kill too: those of the first half are of a process that is gone."""
+    same = {"use_ema": use_ema, "lr_scheduler": "constant"}
+    run_train(**same, snapshot_every_steps=2, checkpoint_every_steps=2)
+    found = {path.name: content_fingerprint_of_weights(path) for path in Path("data/snapshots").iterdir()}
+    assert sorted(found) == ["step-000002", "step-000004", "step-000006"]
+    assert found["step-000006"] == content_fingerprint_of_weights(Path("data/unet"))
+    for step in (2, 4):
+        run_train(**same, max_train_steps=step)
+        assert found[f"step-{step:06d}"] == content_fingerprint_of_weights(Path("data/unet"))
+        assert json.loads(read_lineage()["exported"])["step"] == step
+
+
+def test_snapshots_survive_a_restart_and_those_passed_by_are_told(encoded, caplog):
+    run_train(snapshot_every_steps=2, checkpoint_every_steps=2)
+    before = content_fingerprint(Path("data/snapshots"))
+    [checkpoint] = Path(".work/train").glob("*/step-00000006.safetensors")
+    checkpoint.unlink()
+    run_train(snapshot_every_steps=2, checkpoint_every_steps=2)
+    assert content_fingerprint(Path("data/snapshots")) == before
+    run_train(snapshot_every_steps=3, checkpoint_every_steps=2)
+    assert [path.name for path in Path("data/snapshots").iterdir()] == ["step-000006"]
+    assert "data/snapshots has none of step 3" in caplog.text
+    run_train(checkpoint_every_steps=2)
+    assert list(Path("data/snapshots").iterdir()) == []
+
+
+def content_fingerprint_of_weights(directory: Path) -> str:
+    """Of the tensors, whatever their file says of the run."""
+    tensors = load_file(directory / "diffusion_pytorch_model.safetensors")
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()

@@ -213,7 +213,35 @@ class Checkpoints:
                 "goes on before they were made"
             ) from error
 
-    def check_room(self, state_bytes: int, best_bytes: int, num_checkpoints: int, has_best: bool) -> None:
+    def save_snapshot(self, global_step: int, averaged: bool, parameters: list[torch.nn.Parameter]) -> None:
+        """Keep weights to be looked at later; all processes take part.
+
+        Args:
+            global_step: after which they are these.
+            averaged: whether they are the moving average; the live weights have another file.
+            parameters: the weights.
+        """
+        weights = gathered([parameter.detach() for parameter in parameters])
+        if not self._enabled:
+            return
+        path = self._snapshot(global_step, averaged)
+        self._write(path, {"weights": weights, RUN: self.directory.name})
+        mark_used(path)
+
+    def load_snapshot(self, global_step: int, averaged: bool) -> list[torch.Tensor] | None:
+        """The weights of `save_snapshot`; None, with a warning, where they were not kept or are damaged."""
+        path = self._snapshot(global_step, averaged)
+        tree = self._read(path, f"data/snapshots has none of step {global_step}")
+        return None if tree is None else tree["weights"]
+
+    def check_room(
+        self,
+        state_bytes: int,
+        best_bytes: int,
+        num_checkpoints: int,
+        has_best: bool,
+        num_snapshots: int = 0,
+    ) -> None:
         """Raise StageError if the disk cannot take what the rest of the run writes here.
 
         At the peak, while one is written, there are three training states and three sets of best weights.
@@ -223,12 +251,13 @@ class Checkpoints:
             best_bytes: of a set of best weights.
             num_checkpoints: still to be written.
             has_best: whether best weights will be.
+            num_snapshots: sets of weights to be kept.
         """
         if not self._enabled:
             return
         states = min(num_checkpoints, max(0, KEPT + 1 - len(self.paths())))
         bests = min(num_checkpoints, max(0, KEPT + 1 - len(self._bests()))) if has_best else 0
-        needed = states * state_bytes + bests * best_bytes
+        needed = states * state_bytes + (bests + num_snapshots) * best_bytes
         free = shutil.disk_usage(self.directory).free
         logger.info(
             "train: checkpoints need at most %s more of disk, %s are free",
@@ -239,8 +268,9 @@ class Checkpoints:
             state, best = format_bytes(state_bytes), format_bytes(best_bytes)
             raise StageError(
                 f"{self.directory}: expected room for {states} training state(s) of {state}, {bests} set(s) "
-                f"of best weights of {best}, together {format_bytes(needed)}, got {format_bytes(free)} free; "
-                "free space there, let SD_WORK name a larger disk, or train with fewer weights "
+                f"of best weights and {num_snapshots} snapshot(s) of {best} each, together "
+                f"{format_bytes(needed)}, got {format_bytes(free)} free; free space there, "
+                "let SD_WORK name a larger disk, train with fewer weights "
                 "(train.lora_rank) or a smaller state (train.optimizer)"
             )
 
@@ -317,6 +347,10 @@ class Checkpoints:
 
     def _best(self, global_step: int) -> Path:
         return self.directory / f"best-{global_step:08d}.safetensors"
+
+    def _snapshot(self, global_step: int, averaged: bool) -> Path:
+        kind = "average" if averaged else "live"
+        return self.directory / f"snapshot-{kind}-{global_step:08d}.safetensors"
 
     def _bests(self) -> list[Path]:
         return sorted(self.directory.glob("best-*.safetensors"))

@@ -44,6 +44,7 @@ CHANGES_NO_WEIGHT = frozenset(
         "num_previews",
         "preview_every_steps",
         "preview_guidance_scale",
+        "snapshot_every_steps",
         "validate_ema",
         "validation_every_steps",
     }

@@ -166,8 +166,8 @@ class Watch:
         self.speed.step(wait_seconds)
         due = functools.partial(is_due, self.num_steps, self.max_train_steps)
         validate, save = due(options.validation_every_steps), due(options.checkpoint_every_steps)
-        preview = due(options.preview_every_steps)
-        if not (validate or save or preview or due(options.log_every_steps)):
+        preview, snapshot = due(options.preview_every_steps), due(options.snapshot_every_steps)
+        if not (validate or save or preview or snapshot or due(options.log_every_steps)):
             return False
         with self.speed.paused(), memory_advice(options, self.checkpoints):
             self._log(grad_norm, learning_rate, validate)
@@ -176,10 +176,18 @@ class Watch:
                     self.checkpoints.save_best(self.num_steps, self.learner.trained)
             if preview:
                 self._preview(self.num_steps)
+            if snapshot:
+                with self.learner.averaged(options.export_ema):
+                    self.checkpoints.save_snapshot(self.num_steps, self.exports_average, self.learner.trained)
             stalled = self.history.has_stalled(options.early_stopping_patience)
             if save or stalled:
                 self._save()
         return stalled
+
+    @property
+    def exports_average(self) -> bool:
+        """Whether what is exported are averaged weights."""
+        return self.learner.ema is not None and self.params.train.export_ema
 
     def close(self) -> None:
         """Finish what is shown."""

@@ -119,6 +119,9 @@ class Train(Section):
     preview_every_steps: Annotated[Whole, Ge(1)] | None = Field(
         description="optimizer steps between two sets of previews; null makes none"
     )
+    snapshot_every_steps: Annotated[Whole, Ge(1)] | None = Field(
+        description="optimizer steps between two exports of the weights to data/snapshots; null makes none"
+    )
     num_previews: Annotated[Whole, Ge(1)] = Field(description="held-out captions that are previewed")
     preview_guidance_scale: Annotated[Number, Ge(1)] = Field(description="of previews; 1 is no guidance")
     export: Literal["last", "best"] = Field(
