@@ -9,6 +9,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, PngImagePlugin, UnidentifiedImageError
@@ -59,7 +60,7 @@ def decoded(data: bytes, draft: tuple[int, int] | None = None) -> Image.Image:
         UnusableImageError: what cannot be decoded, and pixel values without a defined range.
     """
     with opened(data) as image:
-        return picture_of(image, data, draft)[0]
+        return picture_of(image, data, draft).over_white()
 
 
 @contextlib.contextmanager
@@ -68,6 +69,8 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     try:
         _register_heif(data)
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            if image.format == "TIFF":  # which Pillow turns when it is decoded, by what XMP says too
+                image.info.pop("xmp", None)
             yield image
     except UnidentifiedImageError as error:
         raise UnusableImageError(f"not an image in a known format ({', '.join(FORMATS)})") from error
@@ -79,10 +82,30 @@ def opened(data: bytes) -> Iterator[Image.Image]:
         ) from error
 
 
-def picture_of(
-    image: Image.Image, data: bytes, draft: tuple[int, int] | None = None
-) -> tuple[Image.Image, bool]:
-    """The picture as `decoded` gives it, and whether its colours were converted to sRGB."""
+class Picture(NamedTuple):
+    """An upright picture.
+
+    Attributes:
+        colours: RGB, sRGB, what is transparent in the colours that the file has there.
+        alpha: opacity, L; None where all is opaque.
+        is_converted: whether the colours were converted to sRGB.
+    """
+
+    colours: Image.Image
+    alpha: Image.Image | None
+    is_converted: bool
+
+    def over_white(self) -> Image.Image:
+        """RGB, as on a white page."""
+        if self.alpha is None:
+            return self.colours
+        picture = self.colours.copy()
+        picture.putalpha(self.alpha)
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def picture_of(image: Image.Image, data: bytes, draft: tuple[int, int] | None = None) -> Picture:
+    """The picture in a file that is `opened`; ``draft`` as of `decoded`."""
     width, height = image.size
     with _one_large_image if width * height > _LARGE_PIXELS else contextlib.nullcontext():
         if draft is not None and image.format in ("JPEG", "MPO"):
@@ -100,8 +123,11 @@ def picture_of(
         turned = _TURNED.get(orientation(image))
         colours, alpha = _colours_and_alpha(image, data, samples)
         picture, is_converted = to_srgb(colours, profile)
-        picture = _over_white(picture, alpha)
-        return (picture if turned is None else picture.transpose(turned)), is_converted
+        if picture.mode != "RGB":
+            picture = picture.convert("RGB")
+        if turned is not None:
+            picture, alpha = picture.transpose(turned), alpha and alpha.transpose(turned)
+        return Picture(picture, alpha, is_converted)
 
 
 def profile_of(image: Image.Image) -> bytes | None:
@@ -110,8 +136,16 @@ def profile_of(image: Image.Image) -> bytes | None:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 is upright. A HEIC is turned by its decoder, a TIFF by Pillow."""
-    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    """The EXIF orientation, 1 to 8; 1 is upright. A HEIC is turned by its decoder, a TIFF by Pillow.
+
+    Viewers turn nothing for what XMP, or a text of a PNG, says of it, as `Image.getexif` would.
+    """
+    if image.format == "TIFF":
+        exif = image.getexif()
+    else:
+        exif = Image.Exif()
+        exif.load(image.info.get("exif") or b"")
+    value = exif.get(ExifTags.Base.Orientation, 1)
     return value if value in _TURNED else 1
 
 
@@ -123,6 +157,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def alpha_of(data: bytes) -> Image.Image | None:
     """The opacity of each pixel of the picture, L, upright; None where all are opaque."""
     with opened(data) as image:
+        if image.format in ("JPEG", "MPO"):
+            return None
         samples = check_tiff(image, data) if image.format == "TIFF" else _16_BITS
         image.load()
         turned = _TURNED.get(orientation(image))
@@ -151,14 +187,6 @@ def _colours_and_alpha(
     if image.mode not in ("RGB", "L", "CMYK", "LAB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     return image, None if alpha is None or alpha.getextrema() == (255, 255) else alpha
-
-
-def _over_white(picture: Image.Image, alpha: Image.Image | None) -> Image.Image:
-    picture = picture if picture.mode == "RGB" else picture.convert("RGB")
-    if alpha is None:
-        return picture
-    picture.putalpha(alpha)
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def _equal_to(image: Image.Image, data: bytes, colour: tuple[int, ...], depth: int) -> Image.Image:

@@ -30,7 +30,7 @@ def stored_image(data: bytes, max_pixels: int) -> CheckedImage:
     """The image of a file as it is kept.
 
     Files of compact formats keep their bytes, whatever they hold beside a single frame; all others become a
-    PNG. The whole image is decoded, so that a truncated file is found here.
+    PNG, with their opacity. The whole image is decoded, so that a truncated file is found here.
 
     Args:
         data: the file.
@@ -52,12 +52,13 @@ def stored_image(data: bytes, max_pixels: int) -> CheckedImage:
             return CheckedImage(
                 StoredImage(data, *upright_size(image)), changes(image.mode, profile_of(image))
             )
-        picture, is_converted = picture_of(image, data)
+        picture = picture_of(image, data)
         if image.format == "PNG":
             png_chunks.check_rows(data)
         if image.format == "TIFF":
             check_strips(image, data)
-    return CheckedImage(StoredImage(data, *picture.size) if is_kept else png(picture), is_converted)
+    kept = StoredImage(data, *picture.colours.size) if is_kept else png(picture.colours, picture.alpha)
+    return CheckedImage(kept, picture.is_converted)
 
 
 def stored_mask(data: bytes, max_pixels: int) -> StoredImage:
@@ -73,9 +74,11 @@ def stored_mask(data: bytes, max_pixels: int) -> StoredImage:
     return StoredImage(buffer.getvalue(), *mask.size)
 
 
-def png(image: Image.Image) -> StoredImage:
-    """An RGB image as PNG without metadata: the same bytes for the same pixels."""
+def png(image: Image.Image, alpha: Image.Image | None = None) -> StoredImage:
+    """An RGB image, and its opacity, as PNG without metadata: the same bytes for the same pixels."""
     bare = Image.frombytes("RGB", image.size, image.tobytes())
+    if alpha is not None:
+        bare.putalpha(alpha)
     buffer = io.BytesIO()
     bare.save(buffer, "PNG")
     return StoredImage(buffer.getvalue(), *image.size)

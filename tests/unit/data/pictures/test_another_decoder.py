@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from stages.lib.data.pictures.decoding import decoded
 from stages.lib.data.pictures.formats import SUFFIXES, UnusableImageError
@@ -112,3 +112,36 @@ def test_every_orientation(file_format: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     assert_alike(encoded(PHOTOGRAPH.reduce(3), file_format, exif=exif))
+
+
+XMP = b"""<?xpacket begin='' id='W5M0MpCehiHzreSzNTczkc9d'?><x:xmpmeta xmlns:x='adobe:ns:meta/'>
+<rdf:RDF xmlns:rdf='http://www.w3.org/1999/02/22-rdf-syntax-ns#'><rdf:Description rdf:about=''
+ xmlns:tiff='http://ns.adobe.com/tiff/1.0/' tiff:Orientation="6"/></rdf:RDF></x:xmpmeta><?xpacket end='w'?>"""
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_viewers_turn_nothing_for_what_xmp_says(file_format: str) -> None:
+    if file_format == "PNG":
+        texts = PngImagePlugin.PngInfo()
+        texts.add_itxt("XML:com.adobe.xmp", XMP.decode())
+        options: dict[str, object] = {"pnginfo": texts}
+    elif file_format == "TIFF":
+        options = {"tiffinfo": {700: XMP}}
+    else:
+        options = {"xmp": XMP}
+    data = encoded(PHOTOGRAPH, file_format, **options)
+    assert b'Orientation="6"' in data
+    assert_alike(data)
+    assert decoded(data).size == PHOTOGRAPH.size
+
+
+def test_viewers_turn_nothing_for_a_text_of_a_png() -> None:
+    """As ImageMagick keeps the EXIF of a photograph in it."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    digits = exif.tobytes().hex()
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Raw profile type exif", f"\nexif\n{len(digits) // 2:8}\n{digits}\n")
+    data = encoded(PHOTOGRAPH, "PNG", pnginfo=texts)
+    assert_alike(data)
+    assert decoded(data).size == PHOTOGRAPH.size

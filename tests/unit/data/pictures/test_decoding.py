@@ -381,3 +381,73 @@ def test_nothing_is_said_of_files_that_can_be_read(capfd: pytest.CaptureFixture[
                      tiff_of(8, 1, bytes([1, 2, 3]), 3, (65000, 99, 1))):  # fmt: skip
             decoding.decoded(data)
     assert capfd.readouterr() == ("", "")
+
+
+def graded() -> Image.Image:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3)).astype(np.uint8))
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+def cut_out() -> Image.Image:
+    image = graded()
+    image.putalpha(image.getchannel("A").point(lambda value: 255 * (value > 99)))
+    return image
+
+
+def premultiplied() -> bytes:
+    """A TIFF with associated alpha, ExtraSamples 1."""
+    pixels = np.asarray(graded()).astype(np.uint32)
+    pixels[..., :3] = (pixels[..., :3] * pixels[..., 3:] + 127) // 255
+    extra = struct.pack("<HHLL", 338, 3, 1, 1)
+    data = encoded(Image.fromarray(pixels.astype(np.uint8)), "TIFF")
+    start = int.from_bytes(data[4:8], "little")
+    at = data.index(struct.pack("<HHL", 338, 3, 1), start)
+    return data[:at] + extra + data[at + len(extra) :]
+
+
+WITH_ALPHA = {
+    "tiff": (lambda: encoded(graded(), "TIFF"), graded),
+    "tiff, associated": (premultiplied, graded),
+    "tga": (lambda: encoded(graded(), "TGA"), graded),
+    "tga, packed": (lambda: encoded(graded(), "TGA", compression="tga_rle"), graded),
+    "gif": (lambda: encoded(cut_out(), "GIF"), cut_out),
+    "gif, moving": (
+        lambda: encoded(cut_out(), "GIF", save_all=True, append_images=[Image.new("RGB", (16, 12), "red")]),
+        cut_out,
+    ),
+    "png, moving": (
+        lambda: encoded(graded(), "PNG", save_all=True, append_images=[Image.new("RGBA", (16, 12), "red")]),
+        graded,
+    ),
+    "webp, moving": (
+        lambda: encoded(
+            graded(), "WEBP", lossless=True, exact=True, save_all=True,
+            append_images=[Image.new("RGBA", (16, 12), "red")],
+        ),
+        graded,
+    ),
+    "png": (lambda: encoded(graded(), "PNG"), graded),
+    "webp": (lambda: encoded(graded(), "WEBP", lossless=True, exact=True), graded),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", WITH_ALPHA)
+def test_opacity_is_kept_in_every_form(form: str) -> None:
+    make, expected = WITH_ALPHA[form]
+    data, alpha = make(), np.asarray(expected().getchannel("A")).astype(int)
+    stored = stored_image(data).data
+    found = decoding.alpha_of(stored)
+    assert found is not None
+    assert np.abs(np.asarray(found) - alpha).max() == 0
+    over_white = Image.alpha_composite(Image.new("RGBA", (16, 12), "white"), expected()).convert("RGB")
+    difference = np.abs(np.asarray(decoded(stored)).astype(int) - np.asarray(over_white))
+    # Colours of what is nearly transparent are coarse where they are stored premultiplied; a GIF has few in all.
+    assert difference.max() <= (2 if "associated" in form else 32 if "gif" in form else 0)
+    np.testing.assert_array_equal(np.asarray(decoded(data)), np.asarray(decoded(stored)))
+
+
+def test_a_jpeg_is_opaque_and_not_decoded_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.fromarray(GRADIENT), "JPEG")
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
+    assert decoding.alpha_of(data) is None
