@@ -138,14 +138,18 @@ def profile_of(image: Image.Image) -> bytes | None:
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 is upright. A HEIC is turned by its decoder, a TIFF by Pillow.
 
-    Viewers turn nothing for what XMP, or a text of a PNG, says of it, as `Image.getexif` would.
+    Viewers turn nothing for what XMP, or a text of a PNG, says of it, as `Image.getexif` would, nor for EXIF
+    that cannot be read.
     """
     if image.format == "TIFF":
-        exif = image.getexif()
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
     else:
         exif = Image.Exif()
-        exif.load(image.info.get("exif") or b"")
-    value = exif.get(ExifTags.Base.Orientation, 1)
+        try:
+            exif.load(image.info.get("exif") or b"")
+            value = exif.get(ExifTags.Base.Orientation, 1)
+        except Exception:  # as of `opened`: everything from SyntaxError to struct.error
+            return 1
     return value if value in _TURNED else 1
 
 

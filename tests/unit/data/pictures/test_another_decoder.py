@@ -145,3 +145,14 @@ def test_viewers_turn_nothing_for_a_text_of_a_png() -> None:
     data = encoded(PHOTOGRAPH, "PNG", pnginfo=texts)
     assert_alike(data)
     assert decoded(data).size == PHOTOGRAPH.size
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "AVIF"])
+@pytest.mark.parametrize(
+    "exif", [b"MM\0*\0\0\0", b"\xff\xff\xff\xff\0\0\0\x08\0\x04", b"II*\0\x08\0\0\0\x09\0\x12\x01"]
+)
+def test_exif_that_cannot_be_read_is_no_damage(file_format: str, exif: bytes) -> None:
+    if file_format == "AVIF" and not exif.startswith(b"II"):
+        pytest.skip("Pillow writes none such")
+    data = encoded(PHOTOGRAPH, file_format, exif=b"Exif\0\0" + exif)
+    assert_alike(data)
