@@ -26,6 +26,7 @@ CAPTION_SCHEMA = pa.schema(
         ("repeats", pa.int32()),
     ]
 )
+MAX_DRAWS = 20_000_000  # an epoch; its permutation lies in memory, at about 80 bytes a draw
 _ROWS, _IMAGES = b"rows_sha256", b"images_sha256"
 
 
@@ -59,7 +60,8 @@ def write_captions(path: Path, samples: Iterable[SampleCaptions], images: str) -
         images: hash of the images that they belong to, see `image_shards.fingerprint_of_images`.
 
     Raises:
-        StageError: if ``repeats`` of a sample is not a whole number of 1 or more.
+        StageError: if ``repeats`` of a sample is not a whole number of 1 or more, or an epoch of all of them
+            were longer than `MAX_DRAWS` for their repeats.
     """
     ordered = sorted(samples, key=lambda sample: sample.sample_id)
     _check_repeats(path, ordered)
@@ -102,13 +104,21 @@ def read_captions_and_images(path: Path) -> tuple[list[SampleCaptions], str]:
     return samples, images
 
 
-def _check_repeats(path: Path, samples: Iterable[SampleCaptions]) -> None:
+def _check_repeats(path: Path, samples: Sequence[SampleCaptions]) -> None:
     for sample in samples:
         if type(sample.repeats) is not int or not 1 <= sample.repeats < 2**31:
             raise StageError(
                 f"{path}: {sample.sample_id}: expected repeats of 1 or more, a whole number, got "
                 f"{sample.repeats!r}; see repeats in prepare.sources, and run `dvc repro prepare`"
             )
+    draws = sum(sample.repeats for sample in samples)
+    if draws > max(MAX_DRAWS, len(samples)):
+        most = max(samples, key=lambda sample: sample.repeats)
+        raise StageError(
+            f"{path}: expected an epoch of at most {MAX_DRAWS:,} draws, got {draws:,}, of {len(samples):,} "
+            f"samples with up to {most.repeats:,} repeats ({most.sample_id}); lower repeats in "
+            "prepare.sources, or the number that a folder's name begins with"
+        )
 
 
 def _hash_of(samples: Sequence[SampleCaptions], images: str) -> str:

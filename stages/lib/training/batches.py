@@ -234,7 +234,7 @@ def _epoch_turns(sizes: tuple[int, ...], batch_size: int, seed: int, epoch: int)
     return drawn
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4096)  # more than there are buckets
 def _orders(num_samples: int, seed: int, bucket: int) -> Callable[[int], Sequence[int]]:
     """Epoch -> permutation of a bucket; epochs come in order, so two are kept."""
 

@@ -178,6 +178,14 @@ def test_repeats_that_are_no_count_are_refused(tmp_path: Path, repeats: object) 
     assert not path.exists()
 
 
+def test_an_epoch_that_no_memory_holds_is_refused_with_what_makes_it_long(tmp_path: Path) -> None:
+    samples = [SampleCaptions(f"{number}.png", ("one",), "train", 1_000_000 + number) for number in range(21)]
+    write_captions(tmp_path / "captions.parquet", samples[:19], "0" * 64)
+    with pytest.raises(StageError, match=r"at most 20,000,000 draws, got 21,000,210, .* \(20\.png\); lower"):
+        write_captions(tmp_path / "more.parquet", samples, "0" * 64)
+    assert not (tmp_path / "more.parquet").exists()
+
+
 def test_captions_before_there_were_repeats_are_made_anew(tmp_path: Path) -> None:
     path = tmp_path / "captions.parquet"
     rows = [{"sample_id": "a.png", "captions": ["one"], "split": "train"}]

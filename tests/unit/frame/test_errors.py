@@ -31,3 +31,17 @@ def test_errors_and_logs_of_a_command_are_printable(capsys):
         root.setLevel(level)  # or later tests see messages that a stage would show
     assert stopped.value.code == "\nprepare: error of \\x1b[2J.png"
     assert capsys.readouterr().err == "log of \\x1b[2J.png\n"
+
+
+def test_of_a_very_long_word_or_line_the_middle_is_left_out():
+    path = "data/" + "x" * 250 + ".png"
+    assert printable(f"{path}: broken") == f"{path}: broken"
+    name = "a" * 50_000 + "b" * 50_000
+    shown = printable(f"train.csv: line 3: {name}: expected a file\nsecond line")
+    assert shown.startswith("train.csv: line 3: aaa")
+    assert shown.endswith("bbb: expected a file\nsecond line")
+    assert "[99,741 characters]" in shown
+    assert len(shown) < 400
+    blanks = printable("a " * 50_000)
+    assert len(blanks) < 4100
+    assert "characters]" in blanks

@@ -31,6 +31,7 @@ SUFFIXES = (".tar", *COMPRESSED_TARS, ".zip")
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 2**20
 _MAX_END_BYTES = 22 + 2**16  # the record at a zip's end, and its comment
+_MAX_NAME_BYTES = 255
 _ZIP_HEADER_BYTES = 30  # of a member, without its name
 _UTF8_FLAG = 0x800  # of a zip's member
 _OURS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES)  # the machine's troubles, not the archive's
@@ -265,6 +266,12 @@ def _check(archive: Path, name: str, *, is_plain: bool) -> None:
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
         raise StageError(f"{archive}: member {name!r} points outside the archive; nothing of it is used")
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > _MAX_NAME_BYTES:
+        raise StageError(
+            f"{archive}: member {name!r} has a name of {longest} bytes, expected at most {_MAX_NAME_BYTES}, "
+            "as files may have; nothing of it is used: make the archive with shorter names"
+        )
     if not is_plain:
         raise StageError(
             f"{archive}: member {name!r} is a link or a device, expected files and folders alone; "

@@ -442,7 +442,7 @@ def test_opacity_is_kept_in_every_form(form: str) -> None:
     assert np.abs(np.asarray(found) - alpha).max() == 0
     over_white = Image.alpha_composite(Image.new("RGBA", (16, 12), "white"), expected()).convert("RGB")
     difference = np.abs(np.asarray(decoded(stored)).astype(int) - np.asarray(over_white))
-    # Colours of what is nearly transparent are coarse where they are stored premultiplied; a GIF has few in all.
+    # Colours of what is nearly transparent are coarse where they are stored premultiplied; a GIF has few.
     assert difference.max() <= (2 if "associated" in form else 32 if "gif" in form else 0)
     np.testing.assert_array_equal(np.asarray(decoded(data)), np.asarray(decoded(stored)))
 

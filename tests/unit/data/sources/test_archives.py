@@ -225,3 +225,20 @@ def test_a_full_disk_is_not_the_archives_fault(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "target").mkdir()
     with pytest.raises(OSError, match="No space left"):
         extract(tmp_path / "set.zip", tmp_path / "target")
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_a_member_whose_name_no_file_may_have_is_told(tmp_path: Path, kind: str) -> None:
+    """In bytes, as file systems count: letters of three bytes each."""
+
+    def written(num_letters: int) -> Path:
+        stem = "folder/" + "語" * num_letters
+        content = {f"{stem}.png": b"1", f"{stem}.txt": b"a word"}
+        archive = tmp_path / f"{num_letters}.{kind}"
+        in_bytes = {name.encode(): data for name, data in content.items()}
+        archive.write_bytes(zip_of(in_bytes) if kind == "zip" else tar(content))
+        return archive
+
+    with pytest.raises(StageError, match=r"has a name of 304 bytes, expected at most 255"):
+        found_in(written(100))
+    assert list(found_in(written(80)).values()) == [b"1"]
