@@ -1,6 +1,6 @@
 """How fast `prepare` takes images from Parquet, against decoding alone, and whether its memory is flat.
 
-    python benchmarks/prepare.py --num-images 2000 20000 --output benchmarks/results/prepare.json
+    python benchmarks/prepare.py --num-images 2000 20000 100000 --output benchmarks/results/prepare.json
 
 Makes Parquet files of JPEGs that all differ (photographs of scikit-image, cropped at random), runs the stage
 on each number of images, and decodes the same files with Pillow in as many processes, reading nothing else.
@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from default_run import resident
 from PIL import Image
 from skimage import data
 
@@ -66,26 +67,28 @@ def decode_file(path: Path) -> int:
 
 
 def run_stage(source: Path) -> dict[str, float]:
-    """Seconds of the stage, and its peak memory in bytes, that of its largest process."""
+    """Seconds of the stage, and the peak of its processes' resident sets together, in bytes."""
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         document = yaml.safe_load((ROOT / "params.yaml").read_text())
         document["prepare"]["source"] = str(source)
         (root / "params.yaml").write_text(yaml.safe_dump(document))
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        started = time.monotonic()
+        started, peak = time.monotonic(), 0
         process = subprocess.Popen([sys.executable, "-m", "stages.prepare"], cwd=root, env=environment,
                                    stderr=subprocess.DEVNULL)  # fmt: skip
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0, status
-        return {"seconds": time.monotonic() - started, "peak_bytes": usage.ru_maxrss * 1024}
+        while process.poll() is None:
+            peak = max(peak, resident(process.pid))
+            time.sleep(0.1)
+        assert process.returncode == 0, process.returncode
+        return {"seconds": time.monotonic() - started, "peak_bytes": peak}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--num-images", type=int, nargs="+", default=[2000, 20000])
+    parser.add_argument("--num-images", type=int, nargs="+", default=[2000, 20000, 100000])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
