@@ -376,7 +376,7 @@ def kills(num_images: int = 600, num_kills: int = 20) -> dict:
 
 def show_every_batch() -> None:
     """Let the stages of this clone print a line of progress for each batch, not only every ten seconds."""
-    path, seconds = Path("stages/lib/progress.py"), "LINE_SECONDS = 10.0"
+    path, seconds = Path("stages/lib/frame/progress.py"), "LINE_SECONDS = 10.0"
     text = path.read_text()
     if seconds not in text:
         sys.exit(f"{path}: expected {seconds!r}")

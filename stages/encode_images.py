@@ -130,7 +130,7 @@ def main(params: Params) -> None:
         "num_encoded_images": len(nominal),
         "num_left_out": len(left_out),
         "num_redone_in_float32": len(redone),
-        "cropped_fraction": float(np.mean([image.cropped_fraction for image in images])),
+        "cropped_fraction": float(np.mean([image.cropped_fraction for image in nominal])),
         **channel_statistics(means),
         **scores(reconstructions),
     }

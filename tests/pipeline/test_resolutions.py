@@ -81,6 +81,7 @@ def test_each_image_has_the_moments_of_each_resolution_and_the_first_is_nominal(
                 torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=2e-3)
     metrics = json.loads(paths.ENCODE_IMAGES_METRICS.read_text())
     assert metrics["num_encoded_images"] == 12
+    assert metrics["cropped_fraction"] == pytest.approx(1 - 64 / 71)  # of 80 x 72 pixels in the nominal one
     counts = Path("data/encode_images_report/shapes.csv").read_text().splitlines()[1:]
     assert [line.split(",")[:3] for line in counts] == [["48", "48", "12"], ["64", "64", "12"]]
     encode(resolution=[48, 64])

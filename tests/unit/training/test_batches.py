@@ -190,6 +190,25 @@ def test_an_epoch_is_put_in_order_once(monkeypatch):
     assert len(drawn) == len(set(drawn)) > 3 * 7
 
 
+def test_an_epoch_of_many_buckets_is_put_in_order_once(monkeypatch):
+    drawn, randperm = [], torch.randperm
+
+    def watched(num_samples: int, generator: torch.Generator) -> torch.Tensor:
+        drawn.append(generator.initial_seed())
+        return randperm(num_samples, generator=generator)
+
+    monkeypatch.setattr(torch, "randperm", watched)
+    num_buckets = 150
+    data = changed(
+        training_set(16 * num_buckets),
+        buckets=torch.arange(16 * num_buckets) % num_buckets,
+        latent_shapes=[(4, 2, 2 + number) for number in range(num_buckets)],
+    )
+    for step in range(2 * num_buckets):
+        draw_batch(data, changed(OPTIONS, seed=4321), step, 1000)
+    assert len(drawn) == len(set(drawn)) == num_buckets + 1
+
+
 def test_buckets_come_in_a_mixed_order_that_the_seed_decides():
     def order(seed: int) -> list[int]:
         return [bucket_turn((40, 40), 4, seed, step)[0] for step in range(40)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import logging
 import re
 import threading
 import warnings
@@ -12,19 +13,22 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageChops, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from stages.lib.data.pictures import colour_spaces, png_chunks
 from stages.lib.data.pictures.colour import to_srgb
 from stages.lib.data.pictures.formats import FORMATS, UnusableImageError
+from stages.lib.data.pictures.tiff_remarks import remarks_raised
 from stages.lib.data.pictures.tiff_tags import Samples, check_tiff
 
 Image.init()  # loads every format now: left to the first images, it races between threads
 # How large an image may be is said by the caller. Text and profiles are as large as files have them.
 Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28
+TiffImagePlugin.READ_LIBTIFF = True  # of 16 bits in separate planes Pillow's own reader makes noise
 # What Pillow remarks on a file it can read does not say which; what it cannot read, it raises.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 HEIC_PACKAGE = "pip install -e '.[heic]'"
 _TURNED = {
@@ -68,18 +72,32 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     """An image file whose header is read; every failure within the block is an UnusableImageError."""
     try:
         _register_heif(data)
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        with remarks_raised(), Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.format == "TIFF":  # which Pillow turns when it is decoded, by what XMP says too
                 image.info.pop("xmp", None)
             yield image
     except UnidentifiedImageError as error:
-        raise UnusableImageError(f"not an image in a known format ({', '.join(FORMATS)})") from error
+        raise UnusableImageError(_why_unidentified(data)) from error
     except (UnusableImageError, MemoryError):
         raise
     except Exception as error:  # decoders raise everything from SyntaxError to struct.error on damaged files
-        raise UnusableImageError(
-            f"broken image: {_ADDRESS.sub('', str(error)) or type(error).__name__}"
-        ) from error
+        raise UnusableImageError(f"broken image: {_reason(error)}") from error
+
+
+def _why_unidentified(data: bytes) -> str:
+    """Pillow's reason where the first bytes are those of a known format."""
+    for name in _formats():
+        factory, accept = Image.OPEN[name]
+        if accept is not None and accept(data[:16]) is True:
+            try:
+                factory(io.BytesIO(data), "")
+            except Exception as error:
+                return f"broken image, or a kind of {name} that is not read: {_reason(error)}"
+    return f"not an image in a known format ({', '.join(FORMATS)})"
+
+
+def _reason(error: Exception) -> str:
+    return _ADDRESS.sub("", str(error)) or type(error).__name__
 
 
 class Picture(NamedTuple):
@@ -161,7 +179,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def alpha_of(data: bytes) -> Image.Image | None:
     """The opacity of each pixel of the picture, L, upright; None where all are opaque."""
     with opened(data) as image:
-        if image.format in ("JPEG", "MPO"):
+        if not image.has_transparency_data:  # as the header says: a JPEG need not be decoded
             return None
         samples = check_tiff(image, data) if image.format == "TIFF" else _16_BITS
         image.load()
@@ -174,11 +192,13 @@ def _colours_and_alpha(
     image: Image.Image, data: bytes, samples: Samples
 ) -> tuple[Image.Image, Image.Image | None]:
     """The colours as RGB, L, CMYK or LAB, and the opacity as L, None where all is opaque."""
-    alpha = None
+    alpha, is_bmp = None, image.format == "BMP"
     if image.format == "PNG" and (colour := png_chunks.transparent_colour(data)) is not None:
         depth = png_chunks.header(data).bit_depth
         alpha = ImageChops.invert(_equal_to(image, data, colour, depth))
         image.info.pop("transparency", None)
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.mode == "F":
         raise UnusableImageError("floating-point pixel values have no defined range")
     if image.mode.startswith("I"):
@@ -188,6 +208,8 @@ def _colours_and_alpha(
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
+        if is_bmp and alpha.getextrema() == (0, 0):  # padding, as browsers take it
+            alpha = None
     if image.mode not in ("RGB", "L", "CMYK", "LAB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     return image, None if alpha is None or alpha.getextrema() == (255, 255) else alpha

@@ -17,6 +17,7 @@ _REDUCED = 1  # bit of NewSubfileType: a smaller version of another picture in t
 _WHITE_IS_ZERO = 0
 _RAW_PHOTOMETRIC = (32803, 34892)  # of a colour filter array, and linear raw
 _SIGNED, _FLOAT = 2, 3
+_PLANAR_CONFIGURATION, _SEPARATE = 284, 2
 _CANON_RAW = slice(8, 10), b"CR"
 
 
@@ -56,6 +57,10 @@ def check_tiff(image: Any, data: bytes) -> Samples:
         raise UnusableImageError("floating-point pixel values have no defined range")
     if _SIGNED in formats:
         raise UnusableImageError("signed pixel values have no defined range")
+    if tags.get(_PLANAR_CONFIGURATION) == _SEPARATE and image.mode in ("LA", "La", "PA"):
+        raise UnusableImageError(
+            "grey or a palette with opacity in separate planes is not read; save it with its samples together"
+        )
     bits = max(tags.get(_BITS_PER_SAMPLE, (1,)))
     if bits > 16:
         raise UnusableImageError(f"{bits}-bit pixel values have no defined range")
