@@ -7,9 +7,8 @@ import threading
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-from stages.lib.data.pictures.decoding import alpha_of, decoded
 from stages.lib.data.pictures.formats import UnusableImageError
 from stages.lib.data.pictures.storing import stored_image
 from tests.unit.data.pictures.test_decoding import encoded
@@ -85,38 +84,3 @@ def test_reasons_of_threads_are_not_mixed() -> None:
     for thread in threads:
         thread.join()
     assert [found[number] for number in range(len(data))] == ["Fax4", "WEBP", "stored", "stored"] * 5
-
-
-@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "AVIF", "JPEG", "TIFF"])
-def test_xmp_turns_no_picture(file_format: str) -> None:
-    """Browsers, libvips and libavif turn a picture by EXIF, or by what AVIF has for it."""
-    xmp = (
-        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-        b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="3"/>'
-        b"</rdf:RDF></x:xmpmeta>"
-    )
-    image = Image.new("RGBA" if file_format in ("PNG", "WEBP", "AVIF") else "RGB", (32, 16), "white")
-    image.paste((0, 0, 0), (0, 0, 8, 16))
-    if file_format == "PNG":
-        text = PngImagePlugin.PngInfo()
-        text.add_itxt("XML:com.adobe.xmp", xmp.decode())
-        data = encoded(image, "PNG", pnginfo=text)
-    elif file_format == "TIFF":
-        data = encoded(image, "TIFF", tiffinfo={700: xmp})
-    else:
-        data = encoded(image, file_format, xmp=xmp)
-    with Image.open(io.BytesIO(data)) as opened:
-        assert opened.getexif().get(274) == 3  # as Pillow has it
-    found = np.asarray(decoded(data))[8, :, 0]
-    assert found[2] < 30 < 220 < found[-3]
-    assert alpha_of(data) is None
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"MM", b"MM\0*\0\0\0\x08\0\x09", b"II*\0\x08\0\0\0\x01\0\x12\x01\x02"]
-)
-def test_a_picture_of_damaged_exif_is_upright(content: bytes) -> None:
-    plain = encoded(Image.fromarray(NOISE), "JPEG")
-    data = encoded(Image.fromarray(NOISE), "JPEG", exif=b"Exif\0\0" + content)
-    assert stored_image(data, 10**6).image.data == data
-    np.testing.assert_array_equal(np.asarray(decoded(data)), np.asarray(decoded(plain)))

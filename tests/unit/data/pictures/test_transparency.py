@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -132,10 +133,14 @@ def test_a_transparent_colour_of_a_palette() -> None:
 
 def test_padding_of_a_bmp_is_no_opacity() -> None:
     """A browser shows the colours where no pixel has any opacity."""
-    padded = bytearray(encoded(Image.fromarray(SEE_THROUGH), "BMP"))
-    pixels = int.from_bytes(padded[10:14], "little")
-    padded[pixels + 3 :: 4] = bytes(len(padded[pixels + 3 :: 4]))
-    _, picture, alpha = kept(bytes(padded))
+    masks = struct.pack("<4I", 0xFF << 16, 0xFF << 8, 0xFF, 0xFF << 24)
+    header = struct.pack("<IiiHHIIiiII", 108, 16, -12, 1, 32, 3, 0, 0, 0, 0, 0) + masks + bytes(52)
+    padded = np.dstack([COLOURS[..., ::-1], np.zeros_like(OPACITY)]).tobytes()
+    start = 14 + len(header)
+    data = struct.pack("<2sIHHI", b"BM", start + len(padded), 0, 0, start) + header + padded
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.mode == "RGBA"
+    _, picture, alpha = kept(data)
     assert alpha is None
     np.testing.assert_array_equal(picture, COLOURS)
 
