@@ -1,7 +1,7 @@
 """Fine-tune the UNet on latents drawn from stored moments. No VAE, no text encoder, no image is loaded.
 
 Reads  data/base/unet, data/base/scheduler, data/latents.zarr, data/captions.zarr, data/pairs/captions.parquet
-Writes data/unet (UNet2DConditionModel, scheduler_config.json to sample with, adapters with lora_rank),
+Writes data/unet (UNet2DConditionModel, with lora_rank adapters alone; scheduler_config.json to sample with),
        data/snapshots (as data/unet, of earlier steps),
        data/training (curves, previews), data/training_speed.json (this machine's; no output of DVC's)
 Params train, validation

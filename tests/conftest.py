@@ -180,7 +180,8 @@ def run_train(**changes: object) -> None:
 
 def read_lineage(unet: Path = Path("data/unet")) -> dict[str, str]:
     """The metadata of the trained weights."""
-    with safetensors.safe_open(unet / "diffusion_pytorch_model.safetensors", framework="pt") as weights:
+    (path,) = unet.glob("*.safetensors")
+    with safetensors.safe_open(path, framework="pt") as weights:
         return {name: text for name, text in weights.metadata().items() if name != "header_sha256"}
 
 

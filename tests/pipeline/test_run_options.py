@@ -28,6 +28,7 @@ from stages.lib.encoding.conditioning import read_conditioning
 from stages.lib.encoding.latents import LATENTS, read_latents
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import read_params
+from stages.lib.models.trained import load_trained_unet
 from stages.lib.store.stored_rows import StoredRows
 from stages.lib.store.zarr_store import store_bytes
 from stages.lib.training import loop
@@ -57,7 +58,7 @@ def outputs() -> str:
 
 
 def weights() -> dict[str, torch.Tensor]:
-    return load_file(WEIGHTS)
+    return load_trained_unet(Path("data/base"), Path("data/unet")).state_dict()
 
 
 def curve(name: str) -> dict[int, float]:
@@ -155,7 +156,14 @@ def several_processes(work: str, num_processes: int) -> str:
     return run_process(work, *launcher)
 
 
-@pytest.mark.parametrize("adapters", [{}, {"lora_rank": 2, "learning_rate": 1e-2}])
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        {},
+        {"lora_rank": 2, "learning_rate": 1e-2},
+        {"adapter": "lokr", "lora_rank": 2, "learning_rate": 1e-2},
+    ],
+)
 def test_two_processes_take_the_draws_of_one_and_agree_to_rounding(encoded, adapters):
     write_params(train={"checkpoint_every_steps": 6, "use_ema": False, **adapters})
     run_train()
@@ -355,10 +363,12 @@ def test_the_average_is_kept_as_asked_for_and_updated_once_a_step(encoded):
     assert read_tree(path)["ema"]["num_updates"] == 6
 
 
-def test_adapters_train_alone_and_load_into_a_stock_pipeline(encoded):
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_are_stored_alone_and_load_into_a_stock_pipeline(encoded, kind):
     base = load_file("data/base/unet/diffusion_pytorch_model.safetensors")
-    run_train(lora_rank=2, lora_alpha=4, learning_rate=1e-2)
-    merged = weights()
+    run_train(adapter=kind, lora_rank=2, lora_alpha=3.5, learning_rate=1e-2, snapshot_every_steps=3)
+    assert not WEIGHTS.exists()
+    merged = load_trained_unet(Path("data/base"), Path("data/unet")).state_dict()
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert changed
     assert all(
@@ -373,17 +383,20 @@ def test_adapters_train_alone_and_load_into_a_stock_pipeline(encoded):
     fused.unload_lora()
     for name, value in fused.state_dict().items():
         torch.testing.assert_close(value, merged[name], rtol=1e-5, atol=1e-6)
+    early = load_trained_unet(Path("data/base"), Path("data/snapshots/step-000003")).state_dict()
+    assert not torch.equal(early[min(changed)], merged[min(changed)])
 
 
-def test_adapters_resume_bit_for_bit(encoded):
-    changes = {"lora_rank": 2, "learning_rate": 1e-2}
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr", "loha"])
+def test_adapters_resume_bit_for_bit(encoded, kind):
+    changes = {"adapter": kind, "lora_rank": 2, "learning_rate": 1e-2}
     run_train(**changes)
     whole = outputs()
     (directory,) = Path(".work/train").iterdir()
     (directory / "step-00000006.safetensors").unlink()
-    assert (
-        directory / "step-00000004.safetensors"
-    ).stat().st_size < WEIGHTS.stat().st_size / 2  # adapters alone
+    base = Path("data/base/unet") / WEIGHTS.name
+    kept = (directory / "step-00000004.safetensors").stat().st_size
+    assert kept < base.stat().st_size / 2  # adapters alone
     run_train(**changes)
     assert outputs() == whole
 

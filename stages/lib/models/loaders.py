@@ -45,11 +45,17 @@ def load_vae(base: Path) -> AutoencoderKL:
 
 
 def load_unet(base: Path) -> UNet2DConditionModel:
-    """The UNet in ``base/unet``; the trained one is that of the base ``data``. CPU, float32, eval mode."""
+    """The UNet in ``base/unet``. CPU, float32, eval mode."""
+    return load_unet_in(component_directory(base, "unet"))
+
+
+def load_unet_in(directory: Path) -> UNet2DConditionModel:
+    """The whole UNet in a directory of its own. CPU, float32, eval mode."""
     import torch
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    return _load_model(UNet2DConditionModel, component_directory(base, "unet"), torch_dtype=torch.float32)
+    component_directory(directory.parent, directory.name)
+    return _load_model(UNet2DConditionModel, directory, torch_dtype=torch.float32)
 
 
 def _load_model(model_class: Any, directory: Path, **dtype: Any) -> Any:

@@ -100,12 +100,23 @@ def determining_params(params: Params) -> dict[str, Any]:
     train = {
         name: value
         for name, value in vars(params.train).items()
-        if name not in CHANGES_NO_WEIGHT | MOVES_BITS
+        if name not in CHANGES_NO_WEIGHT | MOVES_BITS | _without_effect(params.train)
     }
-    found = {"train": train}
+    if params.train.lora_alpha.is_integer():
+        train["lora_alpha"] = int(params.train.lora_alpha)  # as in the runs of before it could be a fraction
+    if "lora_by_module" in train:
+        train["lora_by_module"] = [each.model_dump() for each in params.train.lora_by_module or ()]
+    found: dict[str, Any] = {"train": train}
     if params.train.early_stopping_patience is not None:
         found |= yardstick(params)
     return found
+
+
+def _without_effect(train: Train) -> set[str]:
+    """Parameters that change nothing as they are; a run of before they were there keeps its name."""
+    is_lora = train.lora_rank is None or train.adapter == "lora"
+    is_even = train.lora_rank is None or train.lora_by_module is None
+    return {name for name, left_out in (("adapter", is_lora), ("lora_by_module", is_even)) if left_out}
 
 
 def measure(params: Params) -> dict[str, Any]:

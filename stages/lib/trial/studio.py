@@ -25,7 +25,7 @@ from stages.lib.evaluation.measuring.rendering import (
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Evaluate
 from stages.lib.models.layout import check_base
-from stages.lib.models.loaders import load_unet
+from stages.lib.models.trained import load_trained_unet
 from stages.lib.trial.weights import between, tried_weights, weights_of
 
 
@@ -86,7 +86,7 @@ class Studio:
         if self._loaded[0] != name:
             self._loaded = ("", {})  # before the next are loaded, so that memory holds one
             check_sums(self.choices[name], "train")
-            found = load_unet(self.choices[name].parent).state_dict()
+            found = load_trained_unet(BASE, self.choices[name]).state_dict()
             device = self.renderer.pipeline.device
             self._loaded = (name, {key: value.to(device) for key, value in found.items()})
         return self._loaded[1]

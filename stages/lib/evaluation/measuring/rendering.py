@@ -24,7 +24,7 @@ from stages.lib.frame.params import Evaluate
 from stages.lib.frame.progress import progress_bar
 from stages.lib.frame.start_up import left_out
 from stages.lib.models.layout import read_config
-from stages.lib.models.loaders import load_unet
+from stages.lib.models.trained import load_trained_unet
 
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -151,7 +151,7 @@ def load_renderer(
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     pipeline = StableDiffusionPipeline.from_pretrained(
         base,
-        unet=load_unet(unet.parent),
+        unet=load_trained_unet(base, unet),
         scheduler=own_sampler(base, unet),
         safety_checker=None,
         requires_safety_checker=False,

@@ -8,7 +8,17 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, Field
 
-from stages.lib.frame.sections.section import Flag, Number, Section, Several, Text, Whole, check
+from stages.lib.frame.sections.section import (
+    Entry,
+    Flag,
+    Number,
+    OneOrSeveral,
+    Section,
+    Several,
+    Text,
+    Whole,
+    check,
+)
 
 POLYNOMIAL_END = 1e-7  # learning rate that diffusers' polynomial schedule ends with
 
@@ -16,6 +26,14 @@ POLYNOMIAL_END = 1e-7  # learning rate that diffusers' polynomial schedule ends 
 def _no_is_text(value: object) -> object:
     # `dvc exp run -S` rewrites the file without quotes, and YAML 1.1 reads no as false.
     return "no" if value is False else value
+
+
+class ModuleRank(Entry):
+    """Rank of the adapters of some modules."""
+
+    modules: Text = Field(description="pattern of their whole names, with * and ?")
+    rank: Annotated[Whole, Ge(1)] = Field(description="as train.lora_rank")
+    alpha: Annotated[Number, Gt(0)] | None = Field(None, description="as train.lora_alpha, which null takes")
 
 
 class Train(Section):
@@ -89,11 +107,19 @@ class Train(Section):
     ema_update_after_step: Annotated[Whole, Ge(0)] = Field(
         description="optimizer steps before averaging starts"
     )
+    adapter: Literal["lora", "dora", "lokr", "loha"] = Field(
+        description="lora | dora | lokr | loha: kind of the adapters, used with lora_rank"
+    )
     lora_rank: Annotated[Whole, Ge(1)] | None = Field(
         description="rank of adapters trained in the UNet's place; null trains the UNet"
     )
-    lora_alpha: Annotated[Whole, Ge(1)] = Field(description="adapters are scaled by lora_alpha / lora_rank")
-    lora_target_modules: Several[Text] = Field(description="ends of the names of modules with an adapter")
+    lora_alpha: Annotated[Number, Gt(0)] = Field(description="adapters are scaled by lora_alpha / lora_rank")
+    lora_by_module: Several[ModuleRank] | None = Field(
+        description="other ranks of some modules: modules (e.g. mid_block.*), rank, alpha of each"
+    )
+    lora_target_modules: OneOrSeveral[Text] = Field(
+        description="ends of the names of modules with an adapter, or a preset"
+    )
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no_is_text)] = Field(
         description="no | bf16 | fp16: arithmetic of the forward and backward pass"
     )
