@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -109,6 +109,58 @@ def write_checked(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         name: (tensor, name_of[str(tensor.dtype).removeprefix("torch.")]) for name, tensor in tensors.items()
     }
     _write(path, stored, metadata, checked=True)
+
+
+def write_in_parts(
+    path: Path,
+    parts: Sequence[Callable[[], Mapping[str, torch.Tensor]]],
+    dtype: torch.dtype,
+    metadata: Callable[[str], Mapping[str, str]],
+) -> None:
+    """Write tensors of several models, whole or not at all, with one of the models in memory at a time.
+
+    Args:
+        path: of the file.
+        parts: each gives the same tensors, by name, both times it is called.
+        dtype: that floating-point tensors are stored in; others keep theirs.
+        metadata: from the SHA-256 of all that follows the header.
+
+    Raises:
+        StageError: naming a tensor with a value that is not finite, or is not in ``dtype``.
+    """
+    import torch
+
+    name_of = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
+    entries: dict[str, Any] = {}
+    digest, start = hashlib.sha256(), 0
+
+    def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        kept = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        if not torch.isfinite(kept).all():
+            raise StageError(
+                f"{path}: expected finite values of {dtype}, got others in {name}; export float32, or train "
+                "again if they are none of float32 either"
+            )
+        return kept
+
+    for part in parts:
+        for name, tensor in sorted(part().items()):
+            kept = stored(name, tensor)
+            content = _bytes_of(kept)
+            digest.update(content)
+            entry = name_of[str(kept.dtype).removeprefix("torch.")], list(kept.shape)
+            entries[name] = {
+                "dtype": entry[0],
+                "shape": entry[1],
+                "data_offsets": [start, start + len(content)],
+            }
+            start += len(content)
+    with open_atomically(path) as file:
+        file.write(_header_bytes(metadata(digest.hexdigest()), entries, None))
+        for part in parts:
+            for name, tensor in sorted(part().items()):
+                kept = stored(name, tensor)
+                file.write(_bytes_of(kept))
 
 
 def read_checked(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -1,0 +1,99 @@
+"""Names of a text encoder's tensors: as transformers has published them, and in the original repositories.
+
+SD 1.x, and the first encoder of SDXL, keep transformers' CLIP under a prefix. SD 2.x, and the second of SDXL,
+keep OpenCLIP: queries, keys and values are one tensor, and the projection is transposed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from stages.lib.frame.errors import StageError, some
+
+if TYPE_CHECKING:
+    import torch
+
+SD_PREFIX = "cond_stage_model."
+SDXL_PREFIXES = ("conditioner.embedders.0.", "conditioner.embedders.1.")
+_TEXT_MODEL = "text_model."
+_NOT_IN_TEXT_MODEL = ("text_projection.",)
+_POSITION_IDS = (
+    "embeddings.position_ids"  # no weight: 0 to 76, which no version of transformers needs any more
+)
+_OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_FUSED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def published_text_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With ``text_model.``, as every published file has it and transformers no longer names them."""
+    found = {}
+    for name, tensor in tensors.items():
+        plain = name.removeprefix(_TEXT_MODEL)
+        if plain == _POSITION_IDS:
+            continue
+        found[plain if plain.startswith(_NOT_IN_TEXT_MODEL) else f"{_TEXT_MODEL}{plain}"] = tensor
+    return found
+
+
+def is_open_clip(config: Mapping[str, object]) -> bool:
+    """Whether a text encoder came from OpenCLIP: OpenAI's CLIP has an activation of its own."""
+    return config.get("hidden_act", "quick_gelu") != "quick_gelu"
+
+
+def clip_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """A CLIP of transformers in the original layout: ``<prefix>transformer.text_model.*``."""
+    return {f"{prefix}transformer.{name}": tensor for name, tensor in published_text_names(tensors).items()}
+
+
+def open_clip_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """OpenCLIP's own layout, ``<prefix>model.*``.
+
+    Args:
+        tensors: of a CLIPTextModel, or of one with a projection, named as transformers does.
+        prefix: of the encoder in the file.
+
+    Raises:
+        StageError: naming tensors that OpenCLIP has no place for.
+    """
+    import torch
+
+    found: dict[str, torch.Tensor] = {}
+    fused: dict[str, dict[str, torch.Tensor]] = {}  # in_proj -> part -> tensor
+    lost = []
+    for published, tensor in published_text_names(tensors).items():
+        name = published.removeprefix(_TEXT_MODEL)
+        layer = _LAYER.fullmatch(name)
+        if name in _OPEN_CLIP:
+            found[_OPEN_CLIP[name]] = tensor
+        elif name == "text_projection.weight":
+            found["text_projection"] = tensor.T
+        elif layer and layer[2] in _FUSED:
+            fused.setdefault(f"transformer.resblocks.{layer[1]}.attn.in_proj_{layer[3]}", {})[layer[2]] = (
+                tensor
+            )
+        elif layer and layer[2] in _OPEN_CLIP_LAYER:
+            found[f"transformer.resblocks.{layer[1]}.{_OPEN_CLIP_LAYER[layer[2]]}.{layer[3]}"] = tensor
+        else:
+            lost.append(published)
+    found |= {name: torch.cat([parts[each] for each in _FUSED]) for name, parts in fused.items()}
+    if lost:
+        raise StageError(
+            f"export.formats: single_file: expected a text encoder of OpenCLIP, got one with {some(lost)}; "
+            "leave single_file out, and take pipeline"
+        )
+    return {f"{prefix}model.{name}": tensor for name, tensor in found.items()}
