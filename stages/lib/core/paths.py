@@ -52,3 +52,8 @@ EVALUATION_REPORT = EVALUATION / "report.json"
 GALLERY_PAGE = EVALUATION / "index.html"
 COMPARISON_PAGE = DATA / "comparison.html"
 PLOTS_PAGE = DATA / "plots_page.html"
+
+# export
+EXPORT = DATA / "export"
+EXPORTED_PIPELINE = EXPORT / "pipeline"
+MODEL_CARD = EXPORT / "README.md"

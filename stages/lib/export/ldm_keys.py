@@ -164,5 +164,6 @@ def _check_placed(model: str, found: Mapping[str, str]) -> None:
     if lost := sorted(name for name, ldm in found.items() if not ldm):
         raise StageError(
             f"export.formats: single_file: expected a {model} of Stable Diffusion, got one with "
-            f"{some(lost)}, which the original layout has no place for; leave single_file out, and take pipeline"
+            f"{some(lost)}, which the original layout has no place for; leave single_file out, and take "
+            "pipeline"
         )

@@ -19,6 +19,7 @@ from stages.lib.frame.errors import StageError
 from stages.lib.frame.sections.encode_captions import EncodeCaptions
 from stages.lib.frame.sections.encode_images import EncodeImages
 from stages.lib.frame.sections.evaluate import Evaluate
+from stages.lib.frame.sections.export import Export
 from stages.lib.frame.sections.fetch_base import FetchBase
 from stages.lib.frame.sections.prepare import Prepare
 from stages.lib.frame.sections.section import Section, UndeclaredParameter, read_section
@@ -27,8 +28,8 @@ from stages.lib.frame.sections.train import Train
 from stages.lib.frame.sections.validation import Validation
 
 __all__ = [
-    "EncodeCaptions", "EncodeImages", "Evaluate", "FetchBase", "Params", "Prepare", "Tokenize", "Train",
-    "UndeclaredParameter", "Validation", "read_params",
+    "EncodeCaptions", "EncodeImages", "Evaluate", "Export", "FetchBase", "Params", "Prepare", "Tokenize",
+    "Train", "UndeclaredParameter", "Validation", "read_params",
 ]  # fmt: skip
 
 PARAMS_FILE = Path("params.yaml")
@@ -36,6 +37,7 @@ SECTIONS: dict[str, type[Section]] = {
     kind.section: kind
     for kind in (
         FetchBase, Prepare, Tokenize, EncodeCaptions, EncodeImages, Train, Validation, Evaluate,
+        Export,
     )
 }  # fmt: skip
 
@@ -52,6 +54,7 @@ class Params:
     train: Train
     validation: Validation
     evaluate: Evaluate
+    export: Export
 
     def only(self, declared: Iterable[str]) -> Params:
         """A view of what dvc.yaml lists for a stage: reading anything else is an error.

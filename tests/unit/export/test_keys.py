@@ -48,7 +48,8 @@ SDXL = {
 }
 TEXT = {
     "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3,
-    "vocab_size": 99, "projection_dim": 12, "max_position_embeddings": 77, "eos_token_id": 98, "bos_token_id": 97,
+    "vocab_size": 99, "projection_dim": 12, "max_position_embeddings": 77,
+    "eos_token_id": 98, "bos_token_id": 97,
 }  # fmt: skip
 
 
