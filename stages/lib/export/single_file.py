@@ -82,9 +82,9 @@ def check_prediction(scheduler: Mapping[str, Any]) -> None:
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise StageError(
-            "params.yaml: export.formats: single_file: expected a UNet that predicts epsilon or "
-            f"v_prediction, got {prediction}, which no reader of single files knows; leave single_file out, and "
-            "take pipeline"
+            "params.yaml: export.formats: single_file: expected a UNet that predicts epsilon "
+            f"or v_prediction, got {prediction}, which no reader of single files knows; leave single_file "
+            "out, and take pipeline"
         )
 
 

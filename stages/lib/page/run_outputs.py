@@ -48,6 +48,8 @@ class MissingOutput(StageError):
         self.path = path
 
 
+# Sections of params.yaml that nothing a page shows was made with.
+UNUSED = ("export",)
 # section, title, path
 FIGURES = (
     ("pictures", "One prompt over guidance, steps and scheduler", paths.EVALUATION / "sweep.png"),
@@ -289,7 +291,7 @@ def _params(files: AbstractFileSystem) -> dict[str, dict[str, Any]]:
         return {
             section: {key: _number_if_text(value) for key, value in values.items()}
             for section, values in document.items()
-            if isinstance(values, dict)
+            if isinstance(values, dict) and section not in UNUSED
         }
 
 
