@@ -96,8 +96,8 @@ def draw(pipeline: DiffusionPipeline, size: int = 64) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipeline(
-        "red cat", num_inference_steps=3, guidance_scale=3.0, generator=generator, output_type="np", width=size,
-        height=size,
+        "red cat", num_inference_steps=3, guidance_scale=3.0, generator=generator, output_type="np",
+        width=size, height=size,
     ).images[0]  # fmt: skip
 
 
@@ -157,7 +157,8 @@ def test_the_single_file_draws_the_same_in_diffusers(trained: Path) -> None:
     )
     expected = {
         "sai_model_spec": "1.0.1", "architecture": "stable-diffusion-v1", "prediction_type": "epsilon",
-        "resolution": "64x64", "title": "Fine-tuned Stable Diffusion!", "author": "A. Person", "license": "mit",
+        "resolution": "64x64", "title": "Fine-tuned Stable Diffusion!", "author": "A. Person",
+        "license": "mit",
     }  # fmt: skip
     assert {key: found[f"modelspec.{key}"] for key in expected} == expected
     assert "modelspec.date" not in found
