@@ -37,6 +37,7 @@ from stages.lib.models.layout import (
 )
 from stages.lib.models.origins import HubOrigin, Origin, open_origin
 from stages.lib.models.pipeline_index import pipeline_problems, read_pipeline_index
+from stages.lib.models.published_names import write_published_names
 from stages.lib.models.weights import weight_files
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,8 @@ def main(params: Params) -> None:
         for component in [name for name in STEMS if name in sources]:
             copy_files(sources[component], files[component], WEIGHT_SUFFIXES, partial / component)
             weight_files(partial / component)
+            if component.startswith("text_encoder"):
+                write_published_names(partial / component)
         write_pipeline_index(partial, index["scheduler"])
         for component in sources:
             write_sums(partial / component)

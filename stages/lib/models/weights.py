@@ -52,8 +52,8 @@ def weight_files(component: Path) -> list[Path]:
 def component_fingerprint(component: Path) -> str:
     """SHA-256 of what a component computes: its tensors and its config.
 
-    File names, shards and keys that tell who wrote the config and when do not count. One tensor is
-    held at a time.
+    File names, shards and keys that tell who wrote the config and when do not count, nor does the
+    ``text_model.`` that a writer puts before the names of a text encoder. One tensor is held at a time.
 
     Args:
         component: directory with config.json and safetensors, e.g. ``data/base/vae``.
@@ -72,8 +72,12 @@ def component_fingerprint(component: Path) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     locations = {name: path for path in weight_files(component) for name in tensor_names(path)}
     handles = {path: safe_open(path, framework="pt") for path in sorted(set(locations.values()))}
-    for name, path in sorted(locations.items()):
-        tensor = handles[path].get_tensor(name)
+    is_text_encoder = not any(name.startswith("vision_model.") for name in locations)
+    prefix = "text_model." if is_text_encoder else ""
+    for name, stored, path in sorted(
+        (name.removeprefix(prefix), name, path) for name, path in locations.items()
+    ):
+        tensor = handles[path].get_tensor(stored)
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
