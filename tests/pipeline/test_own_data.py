@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -165,15 +171,54 @@ def test_pictures_that_dvc_was_not_told_of_enter_no_commit(clone: Path) -> None:
     assert "data/raw" not in shell(clone, "git add -A && git ls-files data && git clean -nd")
 
 
+@contextlib.contextmanager
+def served(directory: Path) -> Iterator[str]:
+    """Address of a web server of this machine that shows a directory."""
+    handler = functools.partial(_Quiet, directory=str(directory))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def end_headers(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if path.is_file():
+            self.send_header("ETag", hashlib.md5(path.read_bytes()).hexdigest())
+        super().end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def num_samples(root: Path) -> int:
+    return json.loads((root / "data/prepare_metrics.json").read_text())["num_samples"]
+
+
 @pytest.mark.slow
-def test_an_archive_that_dvc_links_to_its_cache(clone: Path) -> None:
-    """As `dvc import-url` brings it, in the workspace and in a temporary checkout."""
-    archive = shutil.make_archive(str(clone.parent / "set"), "zip", clone.parent / "pictures")
-    shell(clone, f"dvc config --local cache.type symlink && dvc import-url {archive} data/set.zip")
-    assert ".dvc/cache" in os.readlink(clone / "data/set.zip")
-    take_images_from(clone, "data/set.zip")
-    shell(clone, "dvc repro prepare && git commit -qam Archive")
-    shell(clone, "dvc exp run -n linked --temp -S prepare.max_samples=12 prepare")
+def test_an_archive_of_the_web_that_dvc_links_to_its_cache(clone: Path) -> None:
+    """In the workspace and in a temporary checkout, and when it has changed on the server."""
+    web = clone.parent / "web"
+    shutil.copytree(clone.parent / "pictures", web / "pictures")
+    shutil.make_archive(str(web / "set"), "zip", web / "pictures")
+    with served(web) as address:
+        shell(clone, "dvc config --local cache.type symlink")
+        shell(clone, f"dvc import-url {address}/set.zip data/set.zip")
+        assert ".dvc/cache" in os.readlink(clone / "data/set.zip")
+        take_images_from(clone, "data/set.zip")
+        shell(clone, "dvc repro prepare && git commit -qam Archive")
+        assert num_samples(clone) == NUM_PICTURES - len(BROKEN)
+        shell(clone, "dvc exp run -n linked --temp -S prepare.max_samples=12 prepare")
+        for name in BROKEN:
+            draw_image(int(name[:2])).save(web / "pictures" / name)
+        shutil.make_archive(str(web / "set"), "zip", web / "pictures")
+        shell(clone, "dvc update data/set.zip.dvc && dvc repro prepare")
+    assert num_samples(clone) == NUM_PICTURES
     shell(clone, "dvc config --local --unset cache.type")
 
 
