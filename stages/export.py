@@ -18,7 +18,7 @@ from PIL import Image
 from stages.lib.core.files import fresh_directory, write_text
 from stages.lib.core.paths import BASE, EXPORT, EXPORTED_PIPELINE, MODEL_CARD, TRAINED_UNET
 from stages.lib.core.sums import check_sums, write_sums
-from stages.lib.export.adapters import LORA_WEIGHTS, check_adapters, write_lora_diffusers, write_lora_kohya
+from stages.lib.export.adapters import check_adapters, write_lora_diffusers, write_lora_kohya
 from stages.lib.export.components import DTYPES
 from stages.lib.export.facts import Facts, read_facts
 from stages.lib.export.model_card import GRID, Files, file_stem, model_card
@@ -28,6 +28,7 @@ from stages.lib.export.whole_pipeline import sampling_scheduler, write_pipeline
 from stages.lib.frame.inputs import remove
 from stages.lib.frame.params import Params
 from stages.lib.frame.run import run_stage
+from stages.lib.models.adapter_files import LORA_WEIGHTS
 from stages.lib.models.layout import check_base
 
 

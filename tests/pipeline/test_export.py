@@ -355,7 +355,7 @@ def test_adapters_go_out_in_both_forms(project_with_adapters: Path, monkeypatch:
 def project_with_adapters(encoded: Path) -> Path:
     """A run with adapters, of twice the rank as alpha, and what its evaluation would leave."""
     shutil.rmtree(encoded / "data/evaluation", ignore_errors=True)
-    run_train(lora_rank=2, lora_alpha=8, learning_rate=0.05)
+    run_train(lora_rank=2, lora_alpha=8.0, learning_rate=0.05)
     kept = Path("data/kept")
     shutil.copytree("data/unet", kept)
     metrics = Path("data/prepare_metrics.json").read_text()

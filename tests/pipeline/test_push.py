@@ -84,7 +84,7 @@ def test_a_branch_is_created_and_main_stays(hub: UploadHub) -> None:
     [
         ("create", 401, r"me/hearts: the Hub does not know the token \(401\); take one with write access"),
         ("create", 403, r"the token may not write there \(403\); take one with write access to me,"),
-        ("preupload", 404, r"no such owner, repository or branch \(404\), or hides it; check --to"),
+        ("preupload", 404, r"no such owner, repository or branch \(404\); check --to"),
         ("commit", 403, r"the token may not write there \(403\)"),
         ("batch", 413, r"the Hub refused \(413\)"),
     ],

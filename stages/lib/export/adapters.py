@@ -1,43 +1,54 @@
-"""Adapters as other tools load them: diffusers' keys, which training writes, and kohya's."""
+"""Adapters as other tools load them: in diffusers' keys, which training writes, and in kohya's."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.lib.core.tensors import checked_metadata, read_header, write_in_parts
 from stages.lib.frame.errors import StageError
+from stages.lib.models.adapter_files import LORA_WEIGHTS, has_adapters, read_adapters
 
 if TYPE_CHECKING:
     import torch
 
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
-_ADAPTER_METADATA = "lora_adapter_metadata"  # alpha, where diffusers looks for it
-_KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
+DIFFUSERS_KINDS = ("lora", "dora")  # of peft's others diffusers has no files
+KOHYA_KINDS = ("lora",)
+_ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers looks for ranks and alphas
 _KOHYA_ENDS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
-def has_adapters(unet: Path) -> bool:
-    """Whether training left adapters."""
-    return (unet / LORA_WEIGHTS).exists()
-
-
 def check_adapters(unet: Path, name: str) -> None:
-    """Raise StageError if a run without adapters is asked for them in the format ``name``."""
+    """Raise StageError if a run has no adapters that the format ``name`` knows."""
     if not has_adapters(unet):
         raise StageError(
-            f"params.yaml: export.formats: {name}: expected a run with adapters, got {unet} without "
-            f"{LORA_WEIGHTS}; leave {name} out, or set train.lora_rank and run `dvc repro`"
+            f"params.yaml: export.formats: {name}: expected a run with adapters, got {unet} without; leave "
+            f"{name} out, or set train.lora_rank and run `dvc repro`"
+        )
+    kinds = KOHYA_KINDS if name == "lora_kohya" else DIFFUSERS_KINDS
+    if (kind := read_adapters(unet).kind) not in kinds:
+        raise StageError(
+            f"params.yaml: export.formats: {name}: expected adapters of kind {' or '.join(kinds)}, got "
+            f"{kind}, which this format has no keys for; leave {name} out, and take pipeline or single_file"
         )
 
 
 def write_lora_diffusers(path: Path, unet: Path, dtype: torch.dtype) -> None:
-    """Write adapters for ``load_lora_weights``: alpha in the metadata, and nothing of this machine."""
-    adapter = {_ADAPTER_METADATA: json.dumps(_adapter_metadata(unet), sort_keys=True)}
-    write_in_parts(path, [lambda: _adapter_tensors(unet)], dtype, lambda _: adapter)
+    """Write adapters for ``load_lora_weights``: alpha in the metadata, and nothing of this machine.
+
+    Args:
+        path: of the file.
+        unet: directory that the adapters lie in.
+        dtype: of the weights.
+    """
+    import safetensors.torch
+
+    source = unet / LORA_WEIGHTS
+    with open(source, "rb") as file:
+        metadata = checked_metadata(read_header(file, source.stat().st_size))
+    kept = {_ADAPTER_METADATA: metadata[_ADAPTER_METADATA]}
+    write_in_parts(path, [lambda: safetensors.torch.load_file(source)], dtype, lambda _: kept)
 
 
 def write_lora_kohya(
@@ -47,53 +58,23 @@ def write_lora_kohya(
 
     Args:
         path: of the file.
-        unet: directory of the trained UNet and its adapters.
+        unet: directory that the adapters lie in.
         dtype: of the weights.
         metadata: from the SHA-256 of all that follows the header.
     """
-    adapter = _adapter_metadata(unet)
-
-    def tensors() -> dict[str, torch.Tensor]:
-        return _kohya_tensors(_adapter_tensors(unet), adapter)
-
-    write_in_parts(path, [tensors], dtype, metadata)
+    tensors = kohya_tensors(read_adapters(unet).tensors)
+    write_in_parts(path, [lambda: tensors], dtype, metadata)
 
 
-def _kohya_tensors(
-    tensors: Mapping[str, torch.Tensor], adapter: Mapping[str, object]
-) -> dict[str, torch.Tensor]:
+def kohya_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a UNet's LoRA under kohya's names; the scale lies in them, so alpha is the rank."""
     import torch
 
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        component, _, rest = name.partition(".")
-        module, _, end = rest.removesuffix(".weight").rpartition(".")
-        if component not in _KOHYA_PREFIXES or end not in _KOHYA_ENDS:
-            raise StageError(
-                f"export.formats: lora_kohya: expected tensors lora_A and lora_B of unet, got {name}; leave "
-                "lora_kohya out, and take lora_diffusers"
-            )
-        place = f"{_KOHYA_PREFIXES[component]}_{module.replace('.', '_')}"
+        module, _, end = name.removesuffix(".weight").rpartition(".")
+        place = f"lora_unet_{module.replace('.', '_')}"
         found[f"{place}.{_KOHYA_ENDS[end]}.weight"] = tensor
-        alpha = adapter.get(f"{component}.lora_alpha")
-        found[f"{place}.alpha"] = torch.tensor(math.nan if alpha is None else float(str(alpha)))
+        if end == "lora_A":
+            found[f"{place}.alpha"] = torch.tensor(float(tensor.shape[0]))
     return found
-
-
-def _adapter_tensors(unet: Path) -> dict[str, torch.Tensor]:
-    import safetensors.torch
-
-    found: dict[str, torch.Tensor] = safetensors.torch.load_file(unet / LORA_WEIGHTS)
-    return found
-
-
-def _adapter_metadata(unet: Path) -> dict[str, object]:
-    path = unet / LORA_WEIGHTS
-    try:
-        with open(path, "rb") as file:
-            adapter = json.loads(checked_metadata(read_header(file, path.stat().st_size))[_ADAPTER_METADATA])
-    except (OSError, ValueError, KeyError) as error:
-        raise StageError(
-            f"{path}: expected adapters with {_ADAPTER_METADATA}, got {error!r}; run `dvc repro -f -s train`"
-        ) from error
-    return dict(adapter)

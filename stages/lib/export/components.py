@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.lib.core.files import read_json
-from stages.lib.models.loaders import load_unet
+from stages.lib.models.trained import load_trained_unet
 from stages.lib.models.weights import weight_files
 
 if TYPE_CHECKING:
@@ -26,13 +26,14 @@ def base_tensors(base: Path, component: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def trained_unet_tensors(unet: Path) -> Mapping[str, torch.Tensor]:
-    """The whole trained UNet under the names of diffusers.
+def trained_unet_tensors(base: Path, unet: Path) -> Mapping[str, torch.Tensor]:
+    """The whole trained UNet under the names of diffusers, adapters added to the base's weights.
 
     Args:
-        unet: directory of its weights.
+        base: directory of the base model.
+        unet: directory of the weights, or of adapters alone.
     """
-    tensors: Mapping[str, torch.Tensor] = load_unet(unet.parent).state_dict()
+    tensors: Mapping[str, torch.Tensor] = load_trained_unet(base, unet).state_dict()
     return tensors
 
 

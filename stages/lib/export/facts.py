@@ -15,10 +15,10 @@ from stages.lib.core.files import read_json
 from stages.lib.core.paths import BASE, EVALUATION, EVALUATION_REPORT, PREPARE_METRICS, TRAINED_UNET
 from stages.lib.core.sums import SUMS, check_hashes, hash_file, read_sealed_json, remedy
 from stages.lib.core.tensors import checked_metadata, read_header
-from stages.lib.export.adapters import has_adapters
 from stages.lib.export.whole_pipeline import is_rescaled, sampling_scheduler
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import FetchBase, Params, Prepare
+from stages.lib.models.adapter_files import has_adapters
 
 _LOCK = Path("dvc.lock")
 # In the order in which they run. What was made of the weights afterwards is no part of their lineage.

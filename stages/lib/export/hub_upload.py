@@ -96,7 +96,7 @@ def refusal(error: Exception, hub_id: str) -> str:
                 "or name a repository of your own"
             )
         case 404:
-            return "the Hub has no such owner, repository or branch (404), or hides it; check --to and --revision"
+            return "the Hub has no such owner, repository or branch (404); check --to and --revision"
         case None:
             return (
                 f"the Hub cannot be reached ({error}); check the network and run the same command again: "

@@ -66,7 +66,7 @@ def write_single_file(
     parts: list[Part] = [
         *text_parts(base, kind),
         lambda: vae_tensors(base_tensors(base, "vae")),
-        lambda: _unet(unet, config),
+        lambda: _unet(base, unet, config),
         functools.partial(markers, kind),
     ]
     write_in_parts(path, parts, dtype, metadata)
@@ -113,7 +113,7 @@ def markers(kind: Kind) -> dict[str, torch.Tensor]:
     return {name: torch.empty(0) for name in names}
 
 
-def _unet(unet: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    tensors = trained_unet_tensors(unet)
+def _unet(base: Path, unet: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    tensors = trained_unet_tensors(base, unet)
     names = unet_names(tensors, config["layers_per_block"])
     return {names[name]: tensor for name, tensor in tensors.items()}

@@ -63,7 +63,7 @@ def is_rescaled(scheduler: Mapping[str, Any]) -> bool:
 def _write_model(place: Path, name: str, base: Path, unet: Path, dtype: torch.dtype) -> None:
     def tensors() -> Mapping[str, torch.Tensor]:
         if name == "unet":
-            return trained_unet_tensors(unet)
+            return trained_unet_tensors(base, unet)
         own = base_tensors(base, name)
         return published_text_names(own) if is_text else current_vae_names(own)
 
