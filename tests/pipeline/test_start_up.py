@@ -75,7 +75,7 @@ def test_a_report_needs_no_model_library_and_takes_another_level(encoded):
     assert {path: path.stat().st_mtime_ns for path in pictures} == pictures
 
 
-@pytest.mark.parametrize("verb", ["show_store", "show_work", "compare"])
+@pytest.mark.parametrize("verb", ["show_store", "show_work", "compare", "push"])
 def test_a_command_says_what_it_is_for_and_has_one_error(project, verb):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SD_WORK_MAX_BYTES": "much"}
     command = [sys.executable, "-W", "ignore", "-m", f"stages.{verb}"]
@@ -89,6 +89,7 @@ def test_a_command_says_what_it_is_for_and_has_one_error(project, verb):
         "show_store": (["nothing.zarr"], "nothing.zarr: expected a Zarr store, found none"),
         "show_work": ([], "SD_WORK_MAX_BYTES: expected a whole number"),
         "compare": (["nothing"], "not in a DVC repository"),
+        "push": (["--to", "nobody"], "expected the id of a repository, owner/name, got 'nobody'"),
     }[verb]
     done = run(*arguments)
     assert done.returncode == 1
