@@ -68,14 +68,13 @@ def write_models(params: Params, facts: Facts, directory: Path) -> Files:
     side = max(params.encode_images.resolution)
     kind = kind_of(BASE, TRAINED_UNET, (side, side))
     with Image.open(facts.sample) as sample:
-        thumbnail = data_url(sample)
+        metadata = functools.partial(modelspec, options, kind, data_url(sample))
     files = Files()
     if "pipeline" in options.formats:
         files = files._replace(pipeline=EXPORTED_PIPELINE.name)
         write_pipeline(directory / EXPORTED_PIPELINE.name, BASE, TRAINED_UNET, dtype)
     if "single_file" in options.formats:
         path = directory / f"{stem}.safetensors"
-        metadata = functools.partial(modelspec, options, kind, thumbnail)
         write_single_file(path, BASE, TRAINED_UNET, kind, dtype, metadata)
         config = path.with_suffix(".yaml")
         files = files._replace(single_file=path.name, config=config.name if config.exists() else None)
@@ -84,8 +83,7 @@ def write_models(params: Params, facts: Facts, directory: Path) -> Files:
         files = files._replace(lora_diffusers=LORA_WEIGHTS)
     if "lora_kohya" in options.formats:
         path = directory / f"{stem}_lora.safetensors"
-        metadata = functools.partial(modelspec, options, kind, thumbnail, adapter="lora")
-        write_lora_kohya(path, TRAINED_UNET, dtype, metadata)
+        write_lora_kohya(path, BASE, TRAINED_UNET, dtype, metadata)
         files = files._replace(lora_kohya=path.name)
     return files
 

@@ -27,6 +27,7 @@ from PIL import Image
 from stages import export
 from stages.lib.core.sums import check_sums, write_sums
 from stages.lib.core.tensors import write_safetensors
+from stages.lib.export.adapters import check_adapters
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Params, read_params
 from tests.checkpoints import edit_json, sd21_like, tiny_pipeline
@@ -339,6 +340,10 @@ def test_adapters_go_out_in_both_forms(project_with_adapters: Path, monkeypatch:
         base.load_lora_weights(EXPORT, weight_name=name)
         pictures.append(draw(base))
         base.unload_lora_weights()
+    kohya = metadata_of(EXPORT / f"{STEM}_fp32_lora.safetensors")
+    assert kohya["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert kohya["ss_network_dim"] == "2"
+    assert kohya["modelspec.thumbnail"].startswith("data:image/jpeg")
     merged = draw(StableDiffusionPipeline.from_pretrained(EXPORT / "pipeline"))
     plain = draw(base)
     for picture in pictures:
@@ -365,3 +370,12 @@ def project_with_adapters(encoded: Path) -> Path:
     Path("data/prepare_metrics.json").write_text(metrics)
     seal_run(encoded)
     return encoded
+
+
+def test_kinds_that_diffusers_has_no_files_for_are_refused(encoded: Path) -> None:
+    run_train(lora_rank=2, adapter="lokr")
+    with pytest.raises(
+        StageError, match=r"expected adapters of kind lora or dora, got lokr, .*take lora_kohya"
+    ):
+        check_adapters(Path("data/unet"), "lora_diffusers")
+    check_adapters(Path("data/unet"), "lora_kohya")

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.lib.core.tensors import checked_metadata, read_header, write_in_parts
+from stages.lib.export.components import trained_unet_config
+from stages.lib.export.kohya_keys import kohya_metadata, kohya_tensors
 from stages.lib.frame.errors import StageError
 from stages.lib.models.adapter_files import LORA_WEIGHTS, has_adapters, read_adapters
 
@@ -14,9 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 DIFFUSERS_KINDS = ("lora", "dora")  # of peft's others diffusers has no files
-KOHYA_KINDS = ("lora",)
 _ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers looks for ranks and alphas
-_KOHYA_ENDS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
 def check_adapters(unet: Path, name: str) -> None:
@@ -26,11 +26,11 @@ def check_adapters(unet: Path, name: str) -> None:
             f"params.yaml: export.formats: {name}: expected a run with adapters, got {unet} without; leave "
             f"{name} out, or set train.lora_rank and run `dvc repro`"
         )
-    kinds = KOHYA_KINDS if name == "lora_kohya" else DIFFUSERS_KINDS
-    if (kind := read_adapters(unet).kind) not in kinds:
+    kind = read_adapters(unet).kind
+    if name == "lora_diffusers" and kind not in DIFFUSERS_KINDS:
         raise StageError(
-            f"params.yaml: export.formats: {name}: expected adapters of kind {' or '.join(kinds)}, got "
-            f"{kind}, which this format has no keys for; leave {name} out, and take pipeline or single_file"
+            f"params.yaml: export.formats: {name}: expected adapters of kind {' or '.join(DIFFUSERS_KINDS)}, "
+            f"got {kind}, which diffusers has no files for; leave {name} out, and take lora_kohya or pipeline"
         )
 
 
@@ -52,29 +52,17 @@ def write_lora_diffusers(path: Path, unet: Path, dtype: torch.dtype) -> None:
 
 
 def write_lora_kohya(
-    path: Path, unet: Path, dtype: torch.dtype, metadata: Callable[[str], Mapping[str, str]]
+    path: Path, base: Path, unet: Path, dtype: torch.dtype, metadata: Callable[[str], Mapping[str, str]]
 ) -> None:
     """Write adapters with kohya's keys, which A1111 and ComfyUI read.
 
     Args:
         path: of the file.
+        base: directory of the base model.
         unet: directory that the adapters lie in.
         dtype: of the weights.
-        metadata: from the SHA-256 of all that follows the header.
+        metadata: from the SHA-256 of all that follows the header; what kohya's own says goes before it.
     """
-    tensors = kohya_tensors(read_adapters(unet).tensors)
-    write_in_parts(path, [lambda: tensors], dtype, metadata)
-
-
-def kohya_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a UNet's LoRA under kohya's names; the scale lies in them, so alpha is the rank."""
-    import torch
-
-    found: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        module, _, end = name.removesuffix(".weight").rpartition(".")
-        place = f"lora_unet_{module.replace('.', '_')}"
-        found[f"{place}.{_KOHYA_ENDS[end]}.weight"] = tensor
-        if end == "lora_A":
-            found[f"{place}.alpha"] = torch.tensor(float(tensor.shape[0]))
-    return found
+    state, config = read_adapters(unet), trained_unet_config(base, unet)
+    tensors, own = kohya_tensors(state, config), kohya_metadata(state, config)
+    write_in_parts(path, [lambda: tensors], dtype, lambda digest: {**metadata(digest), **own})

@@ -11,17 +11,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from stages.lib.frame.errors import StageError, some
+from stages.lib.models.published_names import PREFIX, published_name
 
 if TYPE_CHECKING:
     import torch
 
 SD_PREFIX = "cond_stage_model."
 SDXL_PREFIXES = ("conditioner.embedders.0.", "conditioner.embedders.1.")
-_TEXT_MODEL = "text_model."
-_NOT_IN_TEXT_MODEL = ("text_projection.",)
-_POSITION_IDS = (
-    "embeddings.position_ids"  # no weight: 0 to 76, which no version of transformers needs any more
-)
+_POSITION_IDS = f"{PREFIX}embeddings.position_ids"  # no weight, but the numbers from 0 to 76
 _OPEN_CLIP = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -40,14 +37,9 @@ _FUSED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def published_text_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With ``text_model.``, as every published file has it and transformers no longer names them."""
-    found = {}
-    for name, tensor in tensors.items():
-        plain = name.removeprefix(_TEXT_MODEL)
-        if plain == _POSITION_IDS:
-            continue
-        found[plain if plain.startswith(_NOT_IN_TEXT_MODEL) else f"{_TEXT_MODEL}{plain}"] = tensor
-    return found
+    """The weights of a text encoder under the names that every published file has them."""
+    named = {published_name(name): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in named.items() if name != _POSITION_IDS}
 
 
 def is_open_clip(config: Mapping[str, object]) -> bool:
@@ -76,7 +68,7 @@ def open_clip_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[
     fused: dict[str, dict[str, torch.Tensor]] = {}  # in_proj -> part -> tensor
     lost = []
     for published, tensor in published_text_names(tensors).items():
-        name = published.removeprefix(_TEXT_MODEL)
+        name = published.removeprefix(PREFIX)
         layer = _LAYER.fullmatch(name)
         if name in _OPEN_CLIP:
             found[_OPEN_CLIP[name]] = tensor

@@ -45,9 +45,7 @@ class Kind(NamedTuple):
         return "stable-diffusion-v1"
 
 
-def modelspec(
-    options: Export, kind: Kind, thumbnail: str | None, tensors_sha256: str, adapter: str = ""
-) -> dict[str, str]:
+def modelspec(options: Export, kind: Kind, thumbnail: str | None, tensors_sha256: str) -> dict[str, str]:
     """The metadata, with their prefix.
 
     Args:
@@ -55,11 +53,10 @@ def modelspec(
         kind: of the model.
         thumbnail: data URL, see `data_url`.
         tensors_sha256: of all bytes that follow the file's header.
-        adapter: ``lora`` in a file of adapters.
     """
     values = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{kind.architecture}/{adapter}" if adapter else kind.architecture,
+        "architecture": kind.architecture,
         "implementation": _IMPLEMENTATION,
         "title": options.title,
         "resolution": "x".join(map(str, kind.resolution)),
