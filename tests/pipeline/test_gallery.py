@@ -38,6 +38,7 @@ from stages.lib.page.lineage import read_weights_lineage
 from stages.lib.page.metric_lines import verdict
 from stages.lib.page.pictures import PictureFiles
 from stages.lib.page.run import Curve, Estimate
+from stages.lib.page.run_outputs import read_run
 from tests.browser import headless_browser
 from tests.conftest import REPOSITORY
 from tests.evaluations import PROMPTS, metric, seal_run, write_lock, write_run
@@ -715,3 +716,11 @@ def test_a_picture_that_no_webp_can_hold_stays_a_png(tmp_path):
 def test_the_title_says_what_was_trained_on_what(run):
     steps = yaml.safe_load(Path("params.yaml").read_text())["train"]["max_train_steps"]
     assert written().text.startswith(f"Fine-tuned on openmoji, {steps} steps")
+
+
+def test_what_is_set_for_export_is_on_no_page(tmp_path):
+    write_run(tmp_path)
+    assert "export" in yaml.safe_load((tmp_path / "params.yaml").read_text())
+    files = DirFileSystem(tmp_path.as_posix(), target_protocol="file")
+    params = read_run(files, "this run", PictureFiles(tmp_path / "page.html")).params
+    assert "train" in params and "export" not in params
