@@ -3,7 +3,10 @@
 import csv
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -582,6 +586,33 @@ def test_stable_diffusion_checkpoints_run_through(project, build, prediction_typ
     ).images[0]
     ours = Image.open("data/evaluation/samples/base_guidance3_steps2/prompt00_seed3.png")
     assert np.abs(np.asarray(picture, int) - np.asarray(ours, int)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha"])
+def test_a_run_with_adapters_is_judged_by_the_base_with_them(encoded, kind):
+    """In a process of its own, where diffusers has been kept from importing peft."""
+    evaluation = {"prompts": ["red heart"], "seeds": [3], "batch_size": 1}
+    write_params(evaluate=evaluation, train={"adapter": kind, "lora_rank": 2, "lora_alpha": 40})
+    run_train(adapter=kind, lora_rank=2, lora_alpha=40, learning_rate=0.05, use_ema=False)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    for stage in ("baseline", "evaluate"):
+        command = [sys.executable, "-m", f"stages.{stage}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    stock = StableDiffusionPipeline.from_pretrained("data/base", safety_checker=None)
+    if kind == "lora":
+        stock.load_lora_weights("data/unet")
+    else:
+        stock.unet = PeftModel.from_pretrained(stock.unet, "data/unet").merge_and_unload()
+    start = torch.Generator().manual_seed(3)
+    side = read_latents().resolution
+    picture = stock(
+        "red heart", generator=start, guidance_scale=3.0, num_inference_steps=2, height=side, width=side
+    ).images[0]
+    folder = "samples/base_guidance3_steps2/prompt00_seed3.png"
+    ours, base = (np.asarray(Image.open(f"data/{name}/{folder}"), int) for name in ("evaluation", "baseline"))
+    assert np.abs(np.asarray(picture, int) - ours).max() <= 1
+    assert np.abs(base - ours).max() > 4
 
 
 def test_what_train_or_baseline_left_of_another_run_is_refused(evaluated, tmp_path):

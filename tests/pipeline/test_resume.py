@@ -21,8 +21,10 @@ from stages.lib.encoding.conditioning import read_conditioning
 from stages.lib.encoding.latents import read_latents
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import read_params
+from stages.lib.frame.sections.train import ModuleRank
 from stages.lib.training import loop
 from stages.lib.training.lineage import (
+    determining_params,
     environment_of,
     lineage_of,
     passed_through,
@@ -54,6 +56,7 @@ ONLY_LOOKED_AT = {
     "validate_ema", "validation_every_steps",
 }  # fmt: skip
 ONLY_ROUNDED = {"channels_last", "gradient_accumulation_steps", "gradient_checkpointing", "torch_compile"}
+ONLY_WITH_ADAPTERS = {"adapter", "lora_by_module"}
 
 
 # --- what names a run
@@ -90,12 +93,25 @@ def test_the_parameters_that_matter_name_the_run_and_no_others(encoded):
             if identity(with_value("train", name, "another", **({} if name in stopping else stopping)))
             == plain
         }
-        assert same == (ONLY_LOOKED_AT | ONLY_ROUNDED) - counting
+        assert same == (ONLY_LOOKED_AT | ONLY_ROUNDED | ONLY_WITH_ADAPTERS) - counting
         kept = {
             identity(with_value("validation", name, "another", **stopping)) == plain
             for name in vars(params.validation)
         }
         assert kept == {patience is None}
+
+
+def test_kind_and_ranks_of_adapters_name_a_run_that_has_them(encoded):
+    def named(name: str, value: object) -> str:
+        return identity(with_value("train", name, value, lora_rank=4))
+
+    ranks = (ModuleRank(modules="mid_block.*", rank=2),)
+    names = [named("adapter", "lora"), named("adapter", "loha"), named("lora_by_module", ranks)]
+    assert len({*names, named("lora_alpha", 2.5), identity(read_params())}) == 5
+    assert named("lora_alpha", 4.0) == named("lora_alpha", 4) == names[0]
+    kept = json.loads(json.dumps(determining_params(with_value("train", "lora_rank", 4))))["train"]
+    assert not ONLY_WITH_ADAPTERS & kept.keys()  # a plain LoRA run has the name that it had before these
+    assert json.dumps(kept["lora_alpha"]) == "4"
 
 
 def test_whatever_a_run_is_made_of_names_it(encoded):

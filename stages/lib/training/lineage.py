@@ -102,8 +102,9 @@ def determining_params(params: Params) -> dict[str, Any]:
         for name, value in vars(params.train).items()
         if name not in CHANGES_NO_WEIGHT | MOVES_BITS | _without_effect(params.train)
     }
-    if float(params.train.lora_alpha).is_integer():
-        train["lora_alpha"] = int(params.train.lora_alpha)  # as in the runs of before it could be a fraction
+    alpha = train["lora_alpha"]
+    if isinstance(alpha, float) and alpha.is_integer():
+        train["lora_alpha"] = int(alpha)  # as in the runs of before it could be a fraction
     if "lora_by_module" in train:
         train["lora_by_module"] = [each.model_dump() for each in params.train.lora_by_module or ()]
     found: dict[str, Any] = {"train": train}
