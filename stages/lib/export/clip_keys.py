@@ -53,7 +53,7 @@ def clip_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, 
 
 
 def open_clip_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """OpenCLIP's own layout, ``<prefix>model.*``.
+    """OpenCLIP's own layout, ``<prefix>model.*``; the identity stands for a projection that there is not.
 
     Args:
         tensors: of a CLIPTextModel, or of one with a projection, named as transformers does.
@@ -88,4 +88,8 @@ def open_clip_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[
             f"export.formats: single_file: expected a text encoder of OpenCLIP, got one with {some(lost)}; "
             "leave single_file out, and take pipeline"
         )
+    # SD 2's published files have a projection, which its CLIPTextModel has not, and nothing computes with.
+    # Earlier releases of diffusers take the encoder's width from its shape.
+    like = found["ln_final.weight"]
+    found.setdefault("text_projection", torch.eye(len(like), dtype=like.dtype))
     return {f"{prefix}model.{name}": tensor for name, tensor in found.items()}
