@@ -1,6 +1,7 @@
 """Bring the base model into place: a diffusers pipeline, safetensors only, with another VAE if asked for.
 
-Reads  the pipeline directory or Hub repository (and those of the VAE and the CLIP) that the params name
+Reads  the pipeline directory, single file or Hub repository (and those of the VAE and the CLIP) that the
+       params name
 Writes data/base/{tokenizer,text_encoder,vae,unet,scheduler}, data/base/model_index.json; data/base/clip,
        the CLIP that evaluation measures pictures with, where there is one; the hashes of all, SHA256SUMS
 Params fetch_base
@@ -35,24 +36,44 @@ from stages.lib.models.layout import (
     scaling_factor,
     write_pipeline_index,
 )
-from stages.lib.models.origins import HubOrigin, Origin, open_origin
+from stages.lib.models.origins import (
+    CLIP_L,
+    PRESETS,
+    HubOrigin,
+    Origin,
+    listed_directory,
+    open_origin,
+)
 from stages.lib.models.pipeline_index import pipeline_problems, read_pipeline_index
 from stages.lib.models.published_names import write_published_names
+from stages.lib.models.single_files.conversion import convert_checkpoint, convert_vae
+from stages.lib.models.single_files.kinds import checkpoint_kind, open_single_file
 from stages.lib.models.weights import weight_files
 
 logger = logging.getLogger(__name__)
+CONVERTED = BASE.with_name(f"{BASE.name}.converted")
+CONVERTED_VAE = BASE.with_name(f"{BASE.name}.converted_vae")
 
 
 def main(params: Params) -> None:
     options = params.fetch_base
-    base = open_origin(options.source, options.directory, options.hub_id, options.revision)
+    try:
+        fetch(options)
+    finally:
+        for made in (CONVERTED, CONVERTED_VAE):
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def fetch(options: FetchBase) -> None:
+    """Bring the base into place, from where the parameters say."""
+    base = open_base(options)
     index = read_pipeline_index(base)
     problems = pipeline_problems(index)
 
     sources: dict[str, Origin] = dict.fromkeys(COMPONENTS, base)
     folders = {component: f"{component}/" for component in COMPONENTS}
     if options.vae_source != "base":
-        vae = open_origin(options.vae_source, options.vae_directory, options.vae_hub_id, options.vae_revision)
+        vae = open_vae(options, base)
         sources["vae"], folders["vae"] = vae, folder_of("vae", vae)
     clip = clip_source(options, base)
     if clip is not None:
@@ -89,13 +110,51 @@ def main(params: Params) -> None:
     )
 
 
+def open_base(options: FetchBase) -> Origin:
+    """Where the base comes from; a single file is converted first."""
+    if options.preset is not None:
+        return open_origin("hub", None, *PRESETS[options.preset])
+    if options.source != "file":
+        return open_origin(options.source, options.directory, options.hub_id, options.revision)
+    path = Path(options.file or "").expanduser()
+    checkpoint_kind(path, open_single_file(path))  # before anything is downloaded
+    convert_checkpoint(path, vocabulary(options), options.prediction_type, CONVERTED)
+    return listed_directory(CONVERTED, str(path))
+
+
+def vocabulary(options: FetchBase) -> Path:
+    """A directory with CLIP's vocabulary, which files lack: that of the CLIP named, or the published."""
+    if options.clip_source == "base":
+        return open_origin("hub", None, *CLIP_L).fetch(["vocab.json", "merges.txt"])
+    clip = open_origin(
+        options.clip_source, options.clip_directory, options.clip_hub_id, options.clip_revision
+    )
+    folder = folder_of(CLIP, clip)
+    names = [name for name in ("vocab.json", "merges.txt", "tokenizer.json") if folder + name in clip.paths]
+    return clip.fetch(folder + name for name in names) / folder
+
+
+def open_vae(options: FetchBase, base: Origin) -> Origin:
+    """Where another VAE comes from; one in a single file gets the config of the base's."""
+    if options.vae_source != "file":
+        return open_origin(
+            options.vae_source, options.vae_directory, options.vae_hub_id, options.vae_revision
+        )
+    path = Path(options.vae_file or "").expanduser()
+    config = read_config(base.fetch(["vae/config.json"]) / "vae/config.json")
+    convert_vae(path, config, CONVERTED_VAE)
+    return listed_directory(CONVERTED_VAE, str(path))
+
+
 def clip_source(options: FetchBase, base: Origin) -> Origin | None:
     """Where the CLIP comes from; None where it is the base's and the base has none."""
     if options.clip_source != "base":
         return open_origin(
             options.clip_source, options.clip_directory, options.clip_hub_id, options.clip_revision
         )
-    return base if any(path.startswith(f"{CLIP}/") for path in base.paths) else None
+    if any(path.startswith(f"{CLIP}/") for path in base.paths):
+        return base
+    return open_origin("hub", None, *CLIP_L) if options.preset is not None else None
 
 
 def clip_problems(directory: Path) -> Iterator[str]:

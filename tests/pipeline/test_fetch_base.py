@@ -354,7 +354,8 @@ def test_only_non_ema_weights_are_refused(source: Path) -> None:
 def test_a_single_file_checkpoint_is_refused_with_the_remedy(source: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "single").mkdir()
     (tmp_path / "single" / name).write_bytes(b"weights")
-    assert f'from_single_file("{name}").save_pretrained' in refusal(tmp_path / "single")
+    expected = f"fetch_base.source to file and fetch_base.file to the path of {name}"
+    assert expected in refusal(tmp_path / "single")
 
 
 def test_missing_directories_are_refused(source: Path) -> None:

