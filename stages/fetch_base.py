@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from stages.lib.core.files import fresh_directory
@@ -89,7 +89,8 @@ def fetch(options: FetchBase) -> None:
         # Configs come first: a base that cannot be used fails before gigabytes are downloaded.
         for component, source in sources.items():
             copy_files(source, files[component], CONFIG_SUFFIXES, partial / component)
-        raise_problems(base, [*config_problems(partial), *clip_problems(partial / CLIP)])
+        found = [*config_problems(partial), *clip_problems(partial / CLIP)]
+        raise_problems(base, [with_source(problem, base, sources) for problem in found])
         if options.vae_source != "base":
             compare_scaling_factors(base, sources["vae"], partial)
         for component in [name for name in STEMS if name in sources]:
@@ -163,6 +164,15 @@ def clip_problems(directory: Path) -> Iterator[str]:
         model_type = read_config(directory / "config.json").get("model_type")
         if model_type != "clip":
             yield f"clip/config.json: expected model_type 'clip', got {model_type!r}, not supported yet"
+
+
+def with_source(problem: str, base: Origin, sources: Mapping[str, Origin]) -> str:
+    """A problem of a part that comes from elsewhere than the base, with where that is."""
+    for component, name in (("vae", "VAE"), (CLIP, "CLIP")):
+        source = sources.get(component, base)
+        if source is not base and (problem.startswith(f"{component}/") or f"the {name}'s" in problem):
+            return f"{problem} (the {name} is that of {source})"
+    return problem
 
 
 def raise_problems(source: Origin, problems: list[str]) -> None:

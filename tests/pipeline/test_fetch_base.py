@@ -535,7 +535,8 @@ def test_a_vae_that_does_not_fit_is_refused(source: Path, tmp_path: Path) -> Non
     other = tiny_pipeline(tmp_path / "other", seed=1)
     override = {"vae_source": "directory", "vae_directory": str(other / "vae")}
     edit_json(other / "vae/config.json", latent_channels=16)
-    assert "expected in_channels 16" in refusal(source, **override)
+    message = refusal(source, **override)
+    assert "expected in_channels 16" in message and f"(the VAE is that of {other / 'vae'})" in message
     edit_json(other / "vae/config.json", latent_channels=4, _class_name="AutoencoderTiny")
     assert "expected class AutoencoderKL, got AutoencoderTiny" in refusal(source, **override)
     (other / "vae/config.json").unlink()
@@ -688,6 +689,18 @@ def test_a_cache_that_holds_a_part_says_so(source: Path, cache: Path) -> None:
         StageError, match=r"(?s)expected safetensors weights in unet/, got none.*with a network"
     ):
         fetch_from_hub()
+
+
+def test_a_cache_with_fp16_weights_alone_does_not_choose_them(source: Path, cache: Path) -> None:
+    (source / UNET_WEIGHTS).rename(source / "unet/diffusion_pytorch_model.fp16.safetensors")
+    fill_cache(cache, "owner/model", source, ["*"])
+    with pytest.raises(StageError, match=r"(?s)plain weights in unet/, got fp16 ones alone.*with a network"):
+        fetch_from_hub()
+
+
+def test_a_tokenizer_without_its_config_is_refused(source: Path) -> None:
+    (source / "tokenizer/tokenizer_config.json").unlink()
+    assert "tokenizer/tokenizer_config.json is missing" in refusal(source)
 
 
 def test_pickled_weights_on_the_hub_are_refused_before_any_download(source: Path, hub: Hub) -> None:

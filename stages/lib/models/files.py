@@ -19,12 +19,14 @@ from stages.lib.models.layout import (
     WEIGHT_STEMS,
     read_config,
 )
-from stages.lib.models.origins import Origin
+from stages.lib.models.origins import HubOrigin, Origin
 
 logger = logging.getLogger(__name__)
 REQUIRED_CONFIGS = {
     **{component: (file,) for component, file in CONFIG_FILES.items()},
     CLIP: ("config.json", "preprocessor_config.json"),
+    # Without it captions have no longest length, and the tokenizer fails in a later stage.
+    "tokenizer": ("tokenizer_config.json",),
 }
 STEMS = {**WEIGHT_STEMS, CLIP: "model"}
 CONFIG_SUFFIXES = (".json", ".txt")
@@ -66,6 +68,12 @@ def choose_files(source: Origin, folder: str, component: str, problems: list[str
         if not weights:
             problems.append(_no_weights(source, folder, names))
         elif any(target != name for target, name in weights.items()):
+            if isinstance(source, HubOrigin) and source.cached:
+                # The repository may hold plain ones: a cache must not decide which weights are used.
+                problems.append(
+                    f"{source}: expected plain weights in {folder or 'its directory'}, got fp16 ones "
+                    "alone, and whether there are others is not known without the Hub"
+                )
             logger.warning(
                 "%s: %s has fp16 weights only; they are taken", source, folder or f"the {component}"
             )
