@@ -1,8 +1,8 @@
-"""Encode every distinct caption once with the frozen text encoder.
+"""Encode every distinct caption once with the frozen text encoder, or with the two of SDXL.
 
-Reads  data/tokens.zarr, data/base/text_encoder
-Writes data/captions.zarr (encoder_hidden_states (U, C * 77, D) float16, caption (U,)),
-       data/encode_captions_metrics.json
+Reads  data/tokens.zarr, data/base/model_index.json, data/base/text_encoder (SDXL: text_encoder_2 too)
+Writes data/captions.zarr (encoder_hidden_states (U, C * 77, D) float16, SDXL's text_embeds (U, P) too,
+       caption (U,)), data/encode_captions_metrics.json
 Params encode_captions
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import zarr
 
 from stages.lib.core.files import write_json
 from stages.lib.core.fingerprints import code_identity, environment, fingerprint
@@ -26,8 +27,10 @@ from stages.lib.frame.params import EncodeCaptions, Params
 from stages.lib.frame.run import run_stage
 from stages.lib.frame.start_up import leave_out
 from stages.lib.frame.work_directory import work_root
+from stages.lib.models.families.chosen import family_attributes, family_of, zeros_for_no_caption
+from stages.lib.models.families.family import Family, TextEncoder
 from stages.lib.models.layout import check_component, read_config
-from stages.lib.models.weights import component_fingerprint
+from stages.lib.models.weights import fingerprint_of_text_encoders
 from stages.lib.store.work_store import WorkStore
 from stages.lib.store.zarr_store import (
     attributes_of,
@@ -40,18 +43,19 @@ from stages.lib.store.zarr_store import (
 
 def main(params: Params) -> None:
     options = params.encode_captions
-    check_component(BASE, "text_encoder")
-    check_clip_skip(options)
+    family = family_of(BASE)
+    for encoder in family.text_encoders:
+        check_component(BASE, encoder.folder)
+        check_clip_skip(options, encoder)
     tokens = open_store(TOKENS, "tokenize")
     attributes_of_tokens = attributes_of(tokens)
     num_chunks: int = attributes_of_tokens["num_chunks"]
     captions = read_array(TOKENS, tokens, "caption", "tokenize").tolist()
-    input_ids = read_array(TOKENS, tokens, "input_ids", "tokenize")  # (U, C * 77)
-    windows = input_ids.reshape(len(captions) * num_chunks, -1)  # (U * C, 77)
-    keys = [fingerprint(ids.tolist()) for ids in windows]
-    recipe = recipe_of(options)
+    windows = read_windows(tokens, family, len(captions) * num_chunks)  # (U * C, E, 77)
+    keys = [fingerprint(ids[0].tolist() if len(ids) == 1 else ids.tolist()) for ids in windows]
+    recipe = recipe_of(options, family)
     store = WorkStore(work_root(), "encode_captions", recipe)
-    encode(store, captions, windows, keys, options)
+    encode(store, captions, windows, keys, options, family)
     if not processes().is_main_process:
         return
 
@@ -60,8 +64,9 @@ def main(params: Params) -> None:
         "clip_skip": options.clip_skip,
         "empty_row": attributes_of_tokens["empty_row"],
         "num_chunks": num_chunks,
+        **family_attributes(family, zeros_for_no_caption(BASE)),
     }
-    redone = write_encoded_captions(store, captions, keys, attributes)
+    redone = write_encoded_captions(store, captions, keys, attributes, family.of_caption)
     output = verify_store(ENCODED_CAPTIONS, "encode_captions")
     blocks = iter_array(ENCODED_CAPTIONS, output, "encoder_hidden_states", "encode_captions")
     metrics = {
@@ -72,20 +77,37 @@ def main(params: Params) -> None:
     write_json(ENCODE_CAPTIONS_METRICS, metrics)
 
 
-def check_clip_skip(options: EncodeCaptions) -> None:
+def read_windows(tokens: zarr.Group, family: Family, num_windows: int) -> np.ndarray:
+    """Token ids of every window for every text encoder, (num_windows, E, 77) int32.
+
+    Raises:
+        StageError: if the store has not those of this family.
+    """
+    names = [encoder.input_ids for encoder in family.text_encoders]
+    if (found := sorted(name for name in tokens.array_keys() if name != "caption")) != sorted(names):
+        raise StageError(
+            f"{TOKENS}: expected {' and '.join(names)}, of the tokenizers of {BASE}, got "
+            f"{' and '.join(found)}; run `dvc repro tokenize`"
+        )
+    arrays = [read_array(TOKENS, tokens, name, "tokenize") for name in names]  # (U, C * 77) each
+    return np.stack([input_ids.reshape(num_windows, -1) for input_ids in arrays], axis=1)
+
+
+def check_clip_skip(options: EncodeCaptions, encoder: TextEncoder) -> None:
     """Raise StageError if the text encoder has no such layer."""
-    num_layers = read_config(BASE / "text_encoder" / "config.json")["num_hidden_layers"]
-    if options.clip_skip is not None and options.clip_skip > num_layers:
+    num_layers = read_config(BASE / encoder.folder / "config.json")["num_hidden_layers"]
+    if options.clip_skip is not None and options.clip_skip > num_layers - encoder.layers_left_out:
+        left = f", of which {encoder.layers_left_out} is not used" if encoder.layers_left_out else ""
         raise StageError(
             f"params.yaml: encode_captions.clip_skip is {options.clip_skip}, "
-            f"the text encoder has {num_layers} layers"
+            f"the {encoder.folder.replace('_', ' ')} has {num_layers} layers{left}"
         )
 
 
-def recipe_of(options: EncodeCaptions) -> dict[str, Any]:
+def recipe_of(options: EncodeCaptions, family: Family) -> dict[str, Any]:
     """All that determines the bytes of a window's states, but for its token ids."""
     return {
-        "model": component_fingerprint(BASE / "text_encoder"),
+        "model": fingerprint_of_text_encoders(BASE, family),
         "clip_skip": options.clip_skip,
         "dtype": options.dtype,
         "batch_size": options.batch_size,
@@ -95,16 +117,21 @@ def recipe_of(options: EncodeCaptions) -> dict[str, Any]:
 
 
 def encode(
-    store: WorkStore, captions: list[str], windows: np.ndarray, keys: list[str], options: EncodeCaptions
+    store: WorkStore,
+    captions: list[str],
+    windows: np.ndarray,
+    keys: list[str],
+    options: EncodeCaptions,
+    family: Family,
 ) -> None:
-    """A row of encoder_hidden_states for every window of every caption, in the work store."""
+    """A row of conditions for every window of every caption, in the work store."""
     num_chunks = len(windows) // len(captions)
 
     def items(missing: set[str]) -> Iterator[Item]:
         for index, (key, input_ids) in enumerate(zip(keys, windows, strict=True)):
             yield Item(key, repr(captions[index // num_chunks]), input_ids)
 
-    build = functools.partial(build_caption_encoder, options.clip_skip)
+    build = functools.partial(build_caption_encoder, family.name, options.clip_skip)
     # Token ids are their own input: there is nothing to load.
     encoder = Encoder(np.asarray, build, options.batch_size, options.dtype)
     encode_missing(store, keys, items, encoder, "encode captions", "windows")

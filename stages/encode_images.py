@@ -1,9 +1,9 @@
 """Encode every image once with the frozen VAE into the moments of its latents.
 
-Reads  data/pairs/images, data/pairs/masks, data/base/vae
+Reads  data/pairs/images, data/pairs/masks, data/base/model_index.json, data/base/vae
 Writes data/latents.zarr (mean, logvar (N, V, 4, h, w) float16 unscaled, sample_id (N,); with buckets
        or several resolutions one such group for each shape, named by its width and height in pixels;
-       with masks also mask (N, V, 1, h, w) float16 in [0, 1]),
+       with masks also mask (N, V, 1, h, w) float16 in [0, 1]; with SDXL also time_ids (N, V, 6) int32),
        data/encode_images_report (shapes.csv, left_out.jsonl, worst_reconstructions.png),
        data/encode_images_metrics.json
 Params encode_images
@@ -73,6 +73,7 @@ from stages.lib.frame.params import EncodeImages, Params
 from stages.lib.frame.run import run_stage
 from stages.lib.frame.start_up import leave_out
 from stages.lib.frame.work_directory import work_root
+from stages.lib.models.families.chosen import family_of
 from stages.lib.models.layout import check_component, downsampling, read_vae_config
 from stages.lib.models.weights import component_fingerprint
 from stages.lib.store.blocks import Row
@@ -121,7 +122,10 @@ def main(params: Params) -> None:
         attributes["masks"] = options.masks
     if len(sizes_of) > 1:
         attributes |= {"resolutions": list(sizes_of), "resolution_of": resolution_of_each(groups)}
-    redone = write_latents(moments, masks, groups, attributes, factor, vae_config["latent_channels"])
+    family = family_of(BASE)
+    if family.of_view:
+        attributes["factor"] = factor
+    redone = write_latents(moments, masks, groups, attributes, factor, vae_config["latent_channels"], family)
     store = verify_store(LATENTS, "encode_images")
     reconstructions = read_reconstructions(decoded, checked)
     write_report(groups, nominal, left_out, reconstructions, options)

@@ -2,7 +2,8 @@
 
 Reads  the pipeline directory, single file or Hub repository (and those of the VAE and the CLIP) that the
        params name
-Writes data/base/{tokenizer,text_encoder,vae,unet,scheduler}, data/base/model_index.json; data/base/clip,
+Writes data/base/{tokenizer,text_encoder,vae,unet,scheduler}, of SDXL also tokenizer_2 and text_encoder_2,
+       data/base/model_index.json; data/base/clip,
        the CLIP that evaluation measures pictures with, where there is one; the hashes of all, SHA256SUMS
 Params fetch_base
 """
@@ -20,7 +21,8 @@ from stages.lib.core.sums import write_sums
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import FetchBase, Params
 from stages.lib.frame.run import run_stage
-from stages.lib.models.checks import config_problems
+from stages.lib.models.checks import config_problems, distilled
+from stages.lib.models.families.chosen import FORCE_ZEROS, family_of_index
 from stages.lib.models.files import (
     CONFIG_SUFFIXES,
     STEMS,
@@ -31,7 +33,6 @@ from stages.lib.models.files import (
 )
 from stages.lib.models.layout import (
     CLIP,
-    COMPONENTS,
     read_config,
     scaling_factor,
     write_pipeline_index,
@@ -53,6 +54,9 @@ from stages.lib.models.weights import weight_files
 logger = logging.getLogger(__name__)
 CONVERTED = BASE.with_name(f"{BASE.name}.converted")
 CONVERTED_VAE = BASE.with_name(f"{BASE.name}.converted_vae")
+DISTILLED = (
+    "training teaches it many steps again, and pictures of a few steps get worse; take the base it was made from"
+)
 
 
 def main(params: Params) -> None:
@@ -68,10 +72,11 @@ def fetch(options: FetchBase) -> None:
     """Bring the base into place, from where the parameters say."""
     base = open_base(options)
     index = read_pipeline_index(base)
-    problems = pipeline_problems(index)
+    family = family_of_index(index)
+    problems = pipeline_problems(index, family)
 
-    sources: dict[str, Origin] = dict.fromkeys(COMPONENTS, base)
-    folders = {component: f"{component}/" for component in COMPONENTS}
+    sources: dict[str, Origin] = dict.fromkeys(family.components, base)
+    folders = {component: f"{component}/" for component in family.components}
     if options.vae_source != "base":
         vae = open_vae(options, base)
         sources["vae"], folders["vae"] = vae, folder_of("vae", vae)
@@ -89,8 +94,10 @@ def fetch(options: FetchBase) -> None:
         # Configs come first: a base that cannot be used fails before gigabytes are downloaded.
         for component, source in sources.items():
             copy_files(source, files[component], CONFIG_SUFFIXES, partial / component)
-        found = [*config_problems(partial), *clip_problems(partial / CLIP)]
+        found = [*config_problems(partial, family), *clip_problems(partial / CLIP)]
         raise_problems(base, [with_source(problem, base, sources) for problem in found])
+        if scheduler := distilled(partial):
+            logger.warning("%s: %s tells of a base distilled to a few steps; %s", base, scheduler, DISTILLED)
         if options.vae_source != "base":
             compare_scaling_factors(base, sources["vae"], partial)
         for component in [name for name in STEMS if name in sources]:
@@ -98,9 +105,9 @@ def fetch(options: FetchBase) -> None:
             weight_files(partial / component)
             if component.startswith("text_encoder"):
                 write_published_names(partial / component)
-        write_pipeline_index(partial, index["scheduler"])
         for component in sources:
             write_sums(partial / component)
+        write_pipeline_index(partial, index["scheduler"], family, index.get(FORCE_ZEROS))
         write_sums(partial)  # of the components by their own hashes
         fresh_directory(BASE).rmdir()
         partial.rename(BASE)

@@ -7,6 +7,7 @@ written key by key, with the tensor names of those years; only widths are divide
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -308,3 +309,53 @@ def _write_component(
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sdxl_like(directory: Path, seed: int = 0, force_zeros: bool = True) -> Path:
+    """Stable Diffusion XL base 1.0 with its keys and structure, small widths and few layers; saved by diffusers."""
+    from diffusers import (
+        AutoencoderKL,
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    vocab_size = write_tokenizer(directory / "first")
+    write_tokenizer(directory / "second", pad_token="!")
+    common = {
+        "bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "max_position_embeddings": 77,
+        "num_attention_heads": 2, "num_hidden_layers": 3, "vocab_size": vocab_size,
+    }  # fmt: skip
+    first = {"hidden_act": "quick_gelu", "hidden_size": 16, "intermediate_size": 32, "projection_dim": 16}
+    second = {"hidden_act": "gelu", "hidden_size": 32, "intermediate_size": 64, "projection_dim": 24}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionXLPipeline(
+            vae=AutoencoderKL(
+                block_out_channels=(8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+                up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, layers_per_block=1,
+                norm_num_groups=4, sample_size=64, scaling_factor=0.13025, force_upcast=True,
+            ),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**common, **first, pad_token_id=vocab_size - 1)),
+            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**common, **second, pad_token_id=0)),
+            tokenizer=CLIPTokenizer.from_pretrained(directory / "first"),
+            tokenizer_2=CLIPTokenizer.from_pretrained(directory / "second"),
+            unet=UNet2DConditionModel(
+                addition_embed_type="text_time", addition_time_embed_dim=8,
+                attention_head_dim=(1, 2, 4), block_out_channels=(16, 32, 32), cross_attention_dim=48,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                layers_per_block=1, norm_num_groups=8, projection_class_embeddings_input_dim=6 * 8 + 24,
+                sample_size=16, transformer_layers_per_block=(1, 1, 2), use_linear_projection=True,
+            ),
+            scheduler=EulerDiscreteScheduler(
+                beta_end=0.012, beta_schedule="scaled_linear", beta_start=0.00085, interpolation_type="linear",
+                num_train_timesteps=1000, prediction_type="epsilon", steps_offset=1, timestep_spacing="leading",
+            ),
+            force_zeros_for_empty_prompt=force_zeros, add_watermarker=False,
+        )  # fmt: skip
+        pipeline.save_pretrained(directory)
+    shutil.rmtree(directory / "first")
+    shutil.rmtree(directory / "second")
+    return directory

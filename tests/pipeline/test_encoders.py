@@ -372,13 +372,13 @@ def test_views_that_overflow_are_encoded_in_float32_and_counted(encoded, monkeyp
 def test_windows_that_overflow_are_encoded_in_float32_and_counted(encoded, monkeypatch):
     before = content_fingerprint(Path("data/captions.zarr"))
 
-    def build_encoder(clip_skip, device, dtype):
-        encode = text_encoder.build_caption_encoder(clip_skip, device, "float32")
+    def build_encoder(family_name, clip_skip, device, dtype):
+        encode = text_encoder.build_caption_encoder(family_name, clip_skip, device, "float32")
 
         def overflowing(input_ids):
             rows = encode(input_ids)
             for ids, row in zip(input_ids, rows, strict=True):
-                if dtype != "float32" and len(set(ids.tolist())) > 3:  # "red cat", "photo of a heart"
+                if dtype != "float32" and len(set(ids[0].tolist())) > 3:  # "red cat", "photo of a heart"
                     row["encoder_hidden_states"][1, 1] = np.nan
             return rows
 

@@ -11,6 +11,7 @@ from stages.lib.core.draws import generator
 from stages.lib.data.pairs import SampleCaptions
 from stages.lib.encoding.conditioning import Conditioning
 from stages.lib.frame.params import Train
+from stages.lib.models.families.family import whole_picture
 
 NUM_INFERENCE_STEPS = 25
 
@@ -30,6 +31,7 @@ def sample_previews(
     conditioning: Conditioning,
     captions: list[str],
     shape: tuple[int, ...],
+    factor: int,
     options: Train,
     device: torch.device,
 ) -> torch.Tensor:
@@ -43,6 +45,7 @@ def sample_previews(
         conditioning: holds the captions and "".
         captions: P texts.
         shape: (4, h, w).
+        factor: pixels a latent along each side, for bases that are told of sizes.
         options: seed and guidance.
         device: of the UNet.
     """
@@ -53,7 +56,15 @@ def sample_previews(
     rows = torch.cat(
         [torch.full((len(captions),), conditioning.empty_row), conditioning.rows(captions)]
     )  # without, with caption
-    encoder_hidden_states = conditioning.states(rows, device)  # (2 P, num_chunks * 77, D)
+    told = {
+        name: torch.tensor([numbers] * len(rows), dtype=torch.float32, device=device)
+        for name, numbers in conditioning.family.view_conditions(
+            whole_picture(shape[1] * factor, shape[2] * factor)
+        ).items()
+    }
+    conditions = conditioning.family.unet_inputs(
+        {**conditioning.conditions(rows, device), **told}
+    )  # (2 P, ...)
     noise = [
         torch.randn(shape, generator=generator(options.seed, "preview", index))
         for index in range(len(captions))
@@ -62,7 +73,7 @@ def sample_previews(
     for timestep in sampler.timesteps:
         model_input = torch.cat([latents, latents])
         steps = torch.full((len(model_input),), int(timestep), device=device)
-        without, with_caption = forward(model_input, steps, encoder_hidden_states).sample.chunk(2)
+        without, with_caption = forward(model_input, steps, **conditions).sample.chunk(2)
         guided = without + options.preview_guidance_scale * (with_caption - without)
         latents = sampler.step(guided, timestep, latents).prev_sample
     return latents.cpu()

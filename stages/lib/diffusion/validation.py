@@ -72,7 +72,9 @@ def validation_losses(
             mean, logvar, torch.zeros(mean.shape, device=device), latents.scaling_factor, latents.shift_factor
         )
         caption_rows = conditioning.rows([sample.captions[0] for sample in batch])
-        encoder_hidden_states = conditioning.states(caption_rows, device)  # (B, num_chunks * 77, D)
+        conditions = conditioning.family.unet_inputs(
+            {**conditioning.conditions(caption_rows, device), **latents.conditions(rows, 0, device)}
+        )
         for column, timestep in enumerate(timesteps):
             noise = torch.stack(
                 [
@@ -87,7 +89,7 @@ def validation_losses(
             steps = torch.full((len(batch),), timestep, device=device)
             noisy_latents = scheduler.add_noise(mode, noise, steps)
             target = denoising_target(scheduler, mode, noise, steps)
-            model_pred = forward(noisy_latents, steps, encoder_hidden_states).sample
+            model_pred = forward(noisy_latents, steps, **conditions).sample
             found = sample_losses(model_pred, target).cpu().double()
             losses[[row_of[sample.sample_id] for sample in batch], column] = found
     return HeldOutLosses(list(row_of), timesteps, losses, num_train_timesteps)

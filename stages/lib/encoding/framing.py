@@ -16,6 +16,7 @@ from stages.lib.core.draws import unit_interval
 from stages.lib.data.image_shards import ImageEntry
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import EncodeImages
+from stages.lib.models.families.family import View
 
 
 class Size(NamedTuple):
@@ -37,6 +38,11 @@ class Framing:
     top: int
     size: Size
     flipped: bool
+
+    @property
+    def left_as_seen(self) -> int:
+        """The crop's left side in the resized image, mirrored first where the view is."""
+        return self.resized.width - self.size.width - self.left if self.flipped else self.left
 
     def __str__(self) -> str:
         mirrored = "-flipped" if self.flipped else ""
@@ -64,6 +70,15 @@ class FramedImage:
     def keys(self) -> list[str]:
         """Of the views' rows in the work store: the image's bytes, and what is done to them."""
         return [f"{self.entry.image_sha256}-{view}" for view in self.views]
+
+    @property
+    def told(self) -> list[View]:
+        """What a UNet may be told of each view: of a mirrored one, where it was cropped once mirrored."""
+        original = (self.entry.height, self.entry.width)
+        return [
+            View(original, (view.top, view.left_as_seen), (view.size.height, view.size.width))
+            for view in self.views
+        ]
 
     @property
     def cropped_fraction(self) -> float:

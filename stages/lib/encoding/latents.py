@@ -7,8 +7,8 @@ sees. The step from one to the other is taken here and nowhere else.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,6 +22,8 @@ from stages.lib.models.weights import check_made_by
 from stages.lib.store.stored_rows import StoredRows
 from stages.lib.store.zarr_store import attributes_of, open_store, read_array
 
+MOMENTS = {"mean", "logvar", "mask", "sample_id"}
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -32,6 +34,7 @@ class Bucket:
         mean, logvar: (N, V, 4, h, w) float16, unscaled; in memory, or read when asked for.
         mask: (N, V, 1, h, w) float16 in [0, 1], weights of the training loss, where images have masks.
         rank: place of their resolution among several, 0 for the first.
+        told: what the UNet is told of each view, by name, e.g. time_ids (N, V, 6) int32.
     """
 
     sample_ids: list[str]
@@ -39,6 +42,7 @@ class Bucket:
     logvar: torch.Tensor | StoredRows
     mask: torch.Tensor | StoredRows | None = None
     rank: int = 0
+    told: Mapping[str, torch.Tensor | StoredRows] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Latents:
         model_fingerprint: of the VAE.
         images: hash of the images that were encoded or left out.
         fingerprint: hash of the store's content.
+        factor: pixels a latent along each side, where the UNet is told of views; else 0.
     """
 
     buckets: list[Bucket]
@@ -68,6 +73,7 @@ class Latents:
     model_fingerprint: str
     images: str
     fingerprint: str
+    factor: int = 0
 
     @property
     def num_views(self) -> int:
@@ -109,6 +115,15 @@ class Latents:
         number = int(self.bucket_of(rows[0]))
         bucket, rows = self.buckets[number], rows - self._first_rows[number]
         return to_device(bucket.mean[rows, views], device), to_device(bucket.logvar[rows, views], device)
+
+    def conditions(
+        self, rows: torch.Tensor, views: torch.Tensor | int, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """What the UNet is told of (B,) rows of one bucket on ``device``, by name, float32; {} for nothing."""
+        number = int(self.bucket_of(rows[0]))
+        rows = rows - self._first_rows[number]
+        told = self.buckets[number].told
+        return {name: to_device(values[rows, views], device).float() for name, values in told.items()}
 
     def masks(
         self, rows: torch.Tensor, views: torch.Tensor | int, device: torch.device
@@ -160,7 +175,9 @@ def read_latents(path: Path = LATENTS, resident: bool = True) -> Latents:
         sample_ids = read_array(path, store, f"{prefix}sample_id", "encode_images").tolist()
         mean, logvar = array(f"{prefix}mean"), array(f"{prefix}logvar")
         mask = array(f"{prefix}mask") if "masks" in attributes else None
-        return Bucket(sample_ids, mean, logvar, mask, rank_of.get(group, 0))
+        names = set(store[group].array_keys() if group else store.array_keys())
+        told = {name: array(f"{prefix}{name}") for name in sorted(names - MOMENTS)}
+        return Bucket(sample_ids, mean, logvar, mask, rank_of.get(group, 0), told)
 
     return Latents(
         buckets=[bucket(name) for name in sorted(store.group_keys())] or [bucket("")],
@@ -171,6 +188,7 @@ def read_latents(path: Path = LATENTS, resident: bool = True) -> Latents:
         model_fingerprint=str(attributes["model_fingerprint"]),
         images=str(attributes.get("images")),
         fingerprint=str(attributes["fingerprint"]),
+        factor=int(attributes.get("factor", 0)),
     )
 
 
@@ -196,6 +214,13 @@ def read_samples(latents: Latents, conditioning: Conditioning, captions: Path) -
         raise StageError(
             f"{ENCODED_CAPTIONS}: expected the captions of {captions}, got {len(differing)} others, e.g. "
             f"{differing[0]!r}; run `dvc repro encode_captions`"
+        )
+    expected, told = set(conditioning.family.of_view), set(latents.buckets[0].told)
+    if told != expected:
+        raise StageError(
+            f"{LATENTS}: expected {', '.join(sorted(expected)) or 'nothing'} of each view, which a base of "
+            f"family {conditioning.family.name} is told, got {', '.join(sorted(told)) or 'nothing'}; "
+            "run `dvc repro encode_images encode_captions`"
         )
     return latents.encoded(samples)
 

@@ -14,6 +14,8 @@ import numpy as np
 from stages.lib.core.paths import LATENTS
 from stages.lib.encoding.framing import FramedImage
 from stages.lib.frame.params import EncodeImages
+from stages.lib.models.families.family import Family
+from stages.lib.models.families.sd import SD
 from stages.lib.store.blocks import Row
 from stages.lib.store.work_store import WorkStore
 from stages.lib.store.zarr_store import ArraySpec, create_store, finish_store, subgroup, write_rows
@@ -41,8 +43,11 @@ def write_latents(
     attributes: dict[str, Any],
     factor: int,
     latent_channels: int,
+    family: Family = SD,
 ) -> set[str]:
     """data/latents.zarr: moments, masks where there are any, and names, each group in ``sample_id`` order.
+
+    Of a family whose UNet is told of views, what it is told too.
 
     Returns:
         Keys of the views that overflowed in the dtype of the params, and were encoded in float32.
@@ -56,11 +61,15 @@ def write_latents(
         schema[f"{name}logvar"] = ArraySpec(shape, np.float16, dimensions)
         if masks is not None:
             schema[f"{name}mask"] = ArraySpec((*shape[:2], 1, height, width), np.float16, dimensions)
+        for condition, length in family.of_view.items():
+            schema[f"{name}{condition}"] = ArraySpec(
+                (*shape[:2], length), np.int32, ("sample", "view", "number")
+            )
         schema[f"{name}sample_id"] = ArraySpec(shape[:1], str, ("sample",))
     store = create_store(LATENTS, schema, attributes)
     redone: set[str] = set()
     for name, images in groups.items():
-        write_rows(subgroup(store, name.rstrip("/")), _sample_rows(moments, masks, images, redone))
+        write_rows(subgroup(store, name.rstrip("/")), _sample_rows(moments, masks, images, redone, family))
     finish_store(LATENTS, store)
     return redone
 
@@ -74,6 +83,7 @@ def _sample_rows(
     masks: Callable[[Sequence[FramedImage]], Iterator[Row]] | None,
     images: list[FramedImage],
     redone: set[str],
+    family: Family,
 ) -> Iterator[Row]:
     """Each image's views side by side, (V, 4, h, w), and its name; adds redone views' keys to ``redone``."""
     rows = moments.rows(all_keys(images))
@@ -86,6 +96,8 @@ def _sample_rows(
             "logvar": np.stack([view["logvar"] for view in views]),
             "sample_id": np.asarray(image.sample_id, np.dtypes.StringDType()),
         }
+        told = [family.view_conditions(view) for view in image.told]
+        row |= {name: np.array([view[name] for view in told], np.int32) for name in family.of_view}
         if mask_rows is not None:
             row["mask"] = np.stack([next(mask_rows)["mask"] for _ in image.views])
         yield row

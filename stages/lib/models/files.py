@@ -52,7 +52,7 @@ def choose_files(source: Origin, folder: str, component: str, problems: list[str
     prefix = len(folder)
     names = {path[prefix:] for path in source.paths if path.startswith(folder) and "/" not in path[prefix:]}
     files: dict[str, str] = {}
-    if component in ("tokenizer", CLIP):
+    if component in ("tokenizer", "tokenizer_2", CLIP):
         if not ({"vocab.json", "merges.txt"} <= names or "tokenizer.json" in names):
             problems.append(
                 f"{source}: {folder or 'its directory'} lacks vocab.json and merges.txt, or tokenizer.json"

@@ -1,8 +1,4 @@
-"""The base model on disk, ``data/base``: its layout, what makes it valid, its fingerprint, its loaders.
-
-A diffusers pipeline directory of five components, safetensors only. Each loader imports what it
-needs and nothing more, so that training loads neither the text encoder nor the VAE.
-"""
+"""The base model on disk, ``data/base``: a diffusers pipeline directory, safetensors only, and its hashes."""
 
 from __future__ import annotations
 
@@ -10,19 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.core.files import read_json, write_json
-from stages.lib.core.sums import check_sums
+from stages.lib.core.sums import SUMS, check_sums, hash_file
 from stages.lib.frame.errors import StageError
+from stages.lib.models.families.chosen import FORCE_ZEROS, INDEX, family_of
+from stages.lib.models.families.family import Family
+from stages.lib.models.families.sd import SD
 
-COMPONENTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 CLIP = "clip"  # what pictures are measured with; no part of the pipeline
 CONFIG_FILES = {
     "text_encoder": "config.json",
+    "text_encoder_2": "config.json",
     "vae": "config.json",
     "unet": "config.json",
     "scheduler": "scheduler_config.json",
 }
 WEIGHT_STEMS = {
     "text_encoder": "model",
+    "text_encoder_2": "model",
     "vae": "diffusion_pytorch_model",
     "unet": "diffusion_pytorch_model",
 }
@@ -64,27 +64,37 @@ def downsampling(vae_config: dict[str, Any]) -> int:
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
-def write_pipeline_index(base: Path, scheduler: list[str]) -> None:
-    """Write ``model_index.json``: stock StableDiffusionPipeline loads ``base``, without a safety checker.
+def write_pipeline_index(
+    base: Path, scheduler: list[str], family: Family = SD, force_zeros: bool | None = None
+) -> None:
+    """Write ``model_index.json``: the family's stock pipeline loads ``base``, without a safety checker.
 
     Args:
         base: of the pipeline directory.
         scheduler: library and class that the base samples with, e.g. ``["diffusers", "PNDMScheduler"]``.
+        family: of the base. Of components that not every family has the hashes are written too, in keys that
+            pipelines pass over: a stage that depends on this file depends on them, whether they are there or not.
+        force_zeros: whether no caption is zeros, where the family asks; None takes diffusers' default.
     """
     absent = [None, None]
-    index = {
-        "_class_name": "StableDiffusionPipeline",
+    index: dict[str, Any] = {
+        "_class_name": family.pipeline,
         "feature_extractor": absent,
         "image_encoder": absent,
-        "requires_safety_checker": False,
-        "safety_checker": absent,
         "scheduler": scheduler,
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    write_json(base / "model_index.json", index)
+    for encoder in family.text_encoders:
+        index[encoder.folder] = ["transformers", encoder.class_name]
+        index[encoder.tokenizer] = ["transformers", "CLIPTokenizer"]
+    if family.follows_force_zeros:
+        index[FORCE_ZEROS] = force_zeros is None or force_zeros
+    else:
+        index |= {"requires_safety_checker": False, "safety_checker": absent}
+    for component in sorted(set(family.components) - set(SD.components)):
+        index[f"_{component}_sha256"] = hash_file(base / component / SUMS)
+    write_json(base / INDEX, dict(sorted(index.items())))
 
 
 def check_component(base: Path, name: str) -> None:
@@ -99,9 +109,10 @@ def check_component(base: Path, name: str) -> None:
 def check_base(base: Path) -> None:
     """As `check_component`, of the whole base."""
     check_sums(base, "fetch_base")
-    for name in (*COMPONENTS, CLIP):
-        if name != CLIP or (base / CLIP).is_dir():  # whether it has to be there, the base's own hashes say
-            check_component(base, name)
+    for name in family_of(base).components:
+        check_component(base, name)
+    if (base / CLIP).is_dir():  # whether it has to be there, the base's own hashes say
+        check_component(base, CLIP)
 
 
 def component_directory(base: Path, name: str) -> Path:

@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.lib.frame.errors import StageError
+from stages.lib.models.families.family import TextEncoder
+from stages.lib.models.families.sd import SD
 from stages.lib.models.layout import component_directory
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-
-def load_tokenizer(base: Path) -> CLIPTokenizer:
-    """The base's tokenizer, with its own pad token (SD 1.x pads with EOS, SD 2.x with "!")."""
     from transformers import CLIPTokenizer
 
-    directory = component_directory(base, "tokenizer")
+
+def load_tokenizer(base: Path, folder: str = "tokenizer") -> CLIPTokenizer:
+    """A tokenizer of the base, with its own pad token (SD 1.x pads with EOS, SD 2.x and SDXL's 2nd with "!")."""
+    from transformers import CLIPTokenizer
+
+    directory = component_directory(base, folder)
     try:
         return CLIPTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the tokenizers library raises no type of its own
@@ -27,13 +29,14 @@ def load_tokenizer(base: Path) -> CLIPTokenizer:
         ) from error
 
 
-def load_text_encoder(base: Path) -> CLIPTextModel:
-    """The base's text encoder: CPU, float32, eval mode."""
+def load_text_encoder(base: Path, encoder: TextEncoder = SD.text_encoders[0]) -> Any:
+    """A text encoder of the base, a ``CLIPTextModel`` or with a projection: CPU, float32, eval mode."""
     import torch
-    from transformers import CLIPTextModel
+    import transformers
 
+    model_class = getattr(transformers, encoder.class_name)
     # transformers 5 would keep the checkpoint's own dtype.
-    return _load_model(CLIPTextModel, component_directory(base, "text_encoder"), dtype=torch.float32)
+    return _load_model(model_class, component_directory(base, encoder.folder), dtype=torch.float32)
 
 
 def load_vae(base: Path) -> AutoencoderKL:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from stages.lib.core.hub import Repository, open_repository
 from stages.lib.frame.errors import StageError
-from stages.lib.models.layout import CLIP, COMPONENTS
+from stages.lib.models.families.chosen import all_components
+from stages.lib.models.layout import CLIP
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,6 @@ def listed_directory(root: Path, name: str) -> DirectoryOrigin:
 
 def _listing(root: Path) -> frozenset[str]:
     """Files of ``root`` and of the component directories in it, as relative POSIX paths."""
-    folders = [root, *(root / component for component in (*COMPONENTS, CLIP))]
+    folders = [root, *(root / component for component in (*all_components(), CLIP))]
     files = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_file()]
     return frozenset(path.relative_to(root).as_posix() for path in files)

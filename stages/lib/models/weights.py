@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from stages.lib.core.tensors import tensor_names
 from stages.lib.frame.errors import StageError
+from stages.lib.models.families.family import Family
 from stages.lib.models.layout import WEIGHT_STEMS, read_config
-
-if TYPE_CHECKING:
-    pass
 
 _BOOKKEEPING_KEYS = ("transformers_version", "torch_dtype", "dtype")
 
@@ -83,6 +80,12 @@ def component_fingerprint(component: Path) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_of_text_encoders(base: Path, family: Family) -> str:
+    """As `component_fingerprint`, of all text encoders of a base together."""
+    found = [component_fingerprint(base / encoder.folder) for encoder in family.text_encoders]
+    return found[0] if len(found) == 1 else hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
 def check_made_by(store: Path, what: str, found: str, component: Path, stage: str) -> None:
     """Raise StageError if another model than this one made a store.
 
@@ -93,9 +96,13 @@ def check_made_by(store: Path, what: str, found: str, component: Path, stage: st
         component: directory of the model expected, e.g. ``data/base/vae``.
         stage: that makes the store.
     """
-    expected = component_fingerprint(component)
+    check_same_model(store, what, found, component, component_fingerprint(component), stage)
+
+
+def check_same_model(store: Path, what: str, found: str, model: Path, expected: str, stage: str) -> None:
+    """As `check_made_by`, of a model whose fingerprint is known."""
     if found != expected:
         raise StageError(
-            f"{store}: expected {what} encoded by {component} ({expected[:12]}), "
+            f"{store}: expected {what} encoded by {model} ({expected[:12]}), "
             f"got those of another ({found[:12]}); run `dvc repro {stage}`"
         )

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ class Part:
         mean, logvar: (B, 4, h, w) float16, unscaled.
         posterior_noise, noise, input_noise: (B, 4, h, w) float32; see `Batch`.
         timesteps: (B,) int64.
-        encoder_hidden_states: (B, num_chunks * 77, D) float32.
+        conditions: keyword arguments of the UNet's forward, see `unet_inputs` of a family, float32.
         mask: (B, 1, h, w) float16 in [0, 1], None where images have no masks.
     """
 
@@ -43,13 +44,15 @@ class Part:
     noise: torch.Tensor
     input_noise: torch.Tensor
     timesteps: torch.Tensor
-    encoder_hidden_states: torch.Tensor
+    conditions: dict[str, Any]
     mask: torch.Tensor | None
 
 
 def load_part(batch: Batch, latents: Latents, conditioning: Conditioning, device: torch.device) -> Part:
     """Bring what ``batch`` names to ``device``."""
     mean, logvar = latents.moments(batch.latent_rows, batch.views, device)
+    of_caption = conditioning.conditions(batch.caption_rows, device)
+    of_view = latents.conditions(batch.latent_rows, batch.views, device)
     return Part(
         batch=batch,
         mean=mean,
@@ -58,7 +61,7 @@ def load_part(batch: Batch, latents: Latents, conditioning: Conditioning, device
         noise=to_device(batch.noise, device),
         input_noise=to_device(batch.input_noise, device),
         timesteps=to_device(batch.timesteps, device),
-        encoder_hidden_states=conditioning.states(batch.caption_rows, device),
+        conditions=conditioning.family.unet_inputs({**of_caption, **of_view}),
         mask=latents.masks(batch.latent_rows, batch.views, device),
     )
 

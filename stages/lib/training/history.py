@@ -115,13 +115,14 @@ class PreviewLatents:
         config: Mapping[str, Any],
         conditioning: Conditioning,
         shape: tuple[int, ...],
+        factor: int,
         device: torch.device,
         num_steps: int,
     ) -> None:
         """Sample, keep and write the latents after ``num_steps`` steps; see `sample_previews`."""
         if num_steps not in self.latents_of:
             self.latents_of[num_steps] = sample_previews(
-                forward, config, conditioning, self.captions, shape, self.options, device
+                forward, config, conditioning, self.captions, shape, factor, self.options, device
             )
             self._write(num_steps)
 

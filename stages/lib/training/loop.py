@@ -64,7 +64,7 @@ def train_step(
             )  # (B, 4, h, w)
             noisy_latents = scheduler.add_noise(latents, part.input_noise, part.timesteps)
             target = denoising_target(scheduler, latents, part.noise, part.timesteps)
-            model_pred = model(noisy_latents, part.timesteps, part.encoder_hidden_states).sample
+            model_pred = model(noisy_latents, part.timesteps, **part.conditions).sample
 
             pixel_weights = None if part.mask is None else mask_weights(part.mask, options.mask_floor)
             losses = sample_losses(model_pred, target, pixel_weights)  # (B,)
@@ -222,6 +222,7 @@ class Watch:
                 self.sampling,
                 self.data.conditioning,
                 self.data.main_shape,
+                self.data.latents.factor,
                 self.learner.accelerator.device,
                 num_steps,
             )

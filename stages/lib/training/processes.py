@@ -126,8 +126,8 @@ def plain_forward(model: torch.nn.Module, forward: Callable[..., Any]) -> Callab
     if not isinstance(model, FSDPModule):
         return forward
 
-    def gathering(*inputs: torch.Tensor) -> Any:
-        output = model(*inputs)
+    def gathering(*inputs: torch.Tensor, **conditions: Any) -> Any:
+        output = model(*inputs, **conditions)
         model.reshard()  # without a backward pass it would keep these weights for the next step
         return output
 

@@ -236,13 +236,13 @@ def test_prompts_are_embedded_as_captions_are(project, num_chunks, clip_skip):
 def test_captions_of_another_text_encoder_are_refused(project):
     run_captions(write_params())
     conditioning = read_conditioning()
-    check_text_encoder(conditioning, Path("data/base/text_encoder"))
+    check_text_encoder(conditioning, Path("data/base"))
     path = Path("data/base/text_encoder/model.safetensors")
     weights = load_file(path)
     next(iter(weights.values())).view(-1)[0] += 1
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(StageError, match=r"captions\.zarr: expected captions encoded by data/base/text_enc"):
-        check_text_encoder(conditioning, Path("data/base/text_encoder"))
+        check_text_encoder(conditioning, Path("data/base"))
 
 
 def test_captions_are_verified_before_use(project):

@@ -152,8 +152,10 @@ def test_latents_of_several_shapes_are_decoded_in_order(project):
 
 def test_each_text_is_encoded_once(project, monkeypatch):
     calls = []
-    encode_text = rendering.encode_text
-    monkeypatch.setattr(rendering, "encode_text", lambda *given: calls.append(given) or encode_text(*given))
+    encode_prompt = rendering.encode_prompt
+    monkeypatch.setattr(
+        rendering, "encode_prompt", lambda *given: calls.append(given) or encode_prompt(*given)
+    )
     options = changed(read_params().evaluate, negative_prompt="")
     renderer = load_renderer(BASE, BASE / "unet", options, ["cat", "dog", "cat", ""], 64, None, 1)
     assert len(calls) == 3

@@ -85,7 +85,13 @@ def test_a_batch_brings_the_moments_and_captions_of_its_samples():
             name = data.sample_ids[sample]
             assert torch.equal(part.mean[index], moments[name][0][view])
             assert torch.equal(part.logvar[index], moments[name][1][view])
-            seen.add((name, view, states[tuple(part.encoder_hidden_states[index].flatten().tolist())]))
+            seen.add(
+                (
+                    name,
+                    view,
+                    states[tuple(part.conditions["encoder_hidden_states"][index].flatten().tolist())],
+                )
+            )
     assert seen == {
         (sample.sample_id, view, caption)
         for sample in samples

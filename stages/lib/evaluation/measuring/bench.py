@@ -85,7 +85,7 @@ def set_up(options: Evaluate, validation: Validation) -> Bench:
             "run `dvc repro encode_images`"
         )
     check_vae(latents, BASE / "vae")
-    check_text_encoder(conditioning, BASE / "text_encoder")
+    check_text_encoder(conditioning, BASE)
     clip = _clip_of_the_base()
     inception = _inception_for_fid(options, clip)
     chosen = metric_samples(samples, options.num_metric_samples) if clip else []

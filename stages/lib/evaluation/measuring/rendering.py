@@ -1,4 +1,4 @@
-"""Pictures from a UNet, through diffusers' own StableDiffusionPipeline.
+"""Pictures from a UNet, through diffusers' own pipeline of the base's family.
 
 A picture is a function of its prompt, seed and setting and of ``batch_size``: in a batch of one shape a
 row's bits depend neither on its neighbours nor on its place. Another batch shape sums floats in another
@@ -12,22 +12,20 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
-from stages.lib.encoding.text_encoder import encode_text
-from stages.lib.encoding.windows import token_windows
+from stages.lib.encoding.text_encoder import encode_prompt
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Evaluate
 from stages.lib.frame.progress import progress_bar
 from stages.lib.frame.start_up import left_out
+from stages.lib.models.families.chosen import family_of, zeros_for_no_caption
+from stages.lib.models.families.family import Family
 from stages.lib.models.layout import read_config
 from stages.lib.models.trained import load_trained_unet
-
-if TYPE_CHECKING:
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 SAMPLERS = {
     "ddim": "DDIMScheduler",
@@ -87,20 +85,24 @@ class Renderer:
 
     Attributes:
         pipeline: in float32.
-        prompt_embeds: text -> encoder_hidden_states (num_chunks * 77, D) float32; each text encoded once.
+        family: of the base.
+        conditions: text -> what the UNet is told of it, by name, float32; each text encoded once.
         negative_prompt: one of the texts.
         resolution: pixels, side of a picture.
         batch_size: pictures a forward pass; shorter batches are padded.
         clip_skip, num_chunks: as the training captions were encoded.
+        zeros_for_no_caption: as the base was trained.
     """
 
-    pipeline: StableDiffusionPipeline
-    prompt_embeds: Mapping[str, torch.Tensor]
+    pipeline: Any
+    family: Family
+    conditions: Mapping[str, Mapping[str, torch.Tensor]]
     negative_prompt: str
     resolution: int
     batch_size: int
     clip_skip: int | None
     num_chunks: int
+    zeros_for_no_caption: bool
 
 
 def sampler_config(base: Path, unet: Path) -> dict[str, Any]:
@@ -146,15 +148,16 @@ def load_renderer(
     Raises:
         StageError: if a part is missing, damaged, or the scheduler is none of diffusers'.
     """
-    config = sampler_config(base, unet)
+    config, family = sampler_config(base, unet), family_of(base)
     with left_out(*unused_libraries(config)):
-        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-    pipeline = StableDiffusionPipeline.from_pretrained(
+        import diffusers
+
+        pipeline_class = getattr(diffusers, family.pipeline)
+    pipeline = pipeline_class.from_pretrained(
         base,
         unet=load_trained_unet(base, unet),
         scheduler=own_sampler(base, unet),
-        safety_checker=None,
-        requires_safety_checker=False,
+        **family.unused,
         use_safetensors=True,
         local_files_only=True,
         torch_dtype=torch.float32,
@@ -162,16 +165,24 @@ def load_renderer(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.to(memory_format=torch.channels_last)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    renderer = Renderer(pipeline, {}, "", resolution, options.batch_size, clip_skip, num_chunks)
+    zeros = zeros_for_no_caption(base)
+    size = options.batch_size
+    renderer = Renderer(pipeline, family, {}, "", resolution, size, clip_skip, num_chunks, zeros)
     return with_texts(renderer, texts, options.negative_prompt)
 
 
 def with_texts(renderer: Renderer, texts: Iterable[str], negative_prompt: str) -> Renderer:
     """The same renderer for other prompts, each encoded once."""
     distinct = list(dict.fromkeys([*texts, negative_prompt]))
-    embeds = _embed(renderer.pipeline, distinct, renderer.clip_skip, renderer.num_chunks)
-    known = dict(zip(distinct, embeds, strict=True))
-    return dataclasses.replace(renderer, prompt_embeds=known, negative_prompt=negative_prompt)
+    with torch.inference_mode():
+        known = {
+            text: encode_prompt(
+                renderer.family, renderer.pipeline, text,
+                renderer.clip_skip, renderer.num_chunks, renderer.zeros_for_no_caption,
+            )
+            for text in distinct
+        }  # fmt: skip
+    return dataclasses.replace(renderer, conditions=known, negative_prompt=negative_prompt)
 
 
 def render(
@@ -223,7 +234,8 @@ def _render_batch(
     renderer: Renderer, setting: Setting, batch: list[Request], every_steps: int | None
 ) -> list[Rendered]:
     padded = _padded(batch, renderer.batch_size)
-    negative = renderer.prompt_embeds[renderer.negative_prompt]
+    asked = _stacked([renderer.conditions[request.prompt] for request in padded])
+    negative = _stacked([renderer.conditions[renderer.negative_prompt]] * len(padded))
     kept: list[torch.Tensor] = []  # each (B, 4, h, w)
 
     def keep(
@@ -235,8 +247,7 @@ def _render_batch(
         return {}
 
     final = renderer.pipeline(
-        prompt_embeds=torch.stack([renderer.prompt_embeds[request.prompt] for request in padded]),
-        negative_prompt_embeds=negative.expand(len(padded), -1, -1),
+        **renderer.family.pipeline_inputs(asked, negative),
         generator=[torch.Generator().manual_seed(request.seed) for request in padded],
         guidance_scale=setting.guidance_scale,
         num_inference_steps=setting.num_inference_steps,
@@ -272,19 +283,8 @@ def _scheduler_class(name: str, unet: Path) -> Any:
     return found
 
 
-@torch.inference_mode()
-def _embed(
-    pipeline: StableDiffusionPipeline, texts: list[str], clip_skip: int | None, num_chunks: int
-) -> torch.Tensor:
-    """Texts as training captions were embedded, each window alone: a row does not depend on the others.
-
-    Returns:
-        encoder_hidden_states (P, num_chunks * 77, D) float32.
-    """
-    windows, _ = token_windows(pipeline.tokenizer, texts, num_chunks)  # (P, C, 77)
-    input_ids = torch.from_numpy(windows).long().flatten(0, 1).to(pipeline.device)  # (P * C, 77)
-    states = [encode_text(pipeline.text_encoder, ids[None], clip_skip) for ids in input_ids]
-    return torch.cat(states).unflatten(0, (len(texts), num_chunks)).flatten(1, 2)
+def _stacked(conditions: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([each[name] for each in conditions]) for name in conditions[0]}
 
 
 def _batches(items: Sequence[Any], batch_size: int) -> Iterator[list[Any]]:
