@@ -55,7 +55,8 @@ logger = logging.getLogger(__name__)
 CONVERTED = BASE.with_name(f"{BASE.name}.converted")
 CONVERTED_VAE = BASE.with_name(f"{BASE.name}.converted_vae")
 DISTILLED = (
-    "training teaches it many steps again, and pictures of a few steps get worse; take the base it was made from"
+    "training teaches it many steps again, and pictures of a few steps get worse; "
+    "take the base it was made from"
 )
 
 

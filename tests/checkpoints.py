@@ -312,7 +312,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def sdxl_like(directory: Path, seed: int = 0, force_zeros: bool = True) -> Path:
-    """Stable Diffusion XL base 1.0 with its keys and structure, small widths and few layers; saved by diffusers."""
+    """Stable Diffusion XL base 1.0, its keys and structure in small widths; saved by diffusers."""
     from diffusers import (
         AutoencoderKL,
         EulerDiscreteScheduler,
@@ -350,12 +350,14 @@ def sdxl_like(directory: Path, seed: int = 0, force_zeros: bool = True) -> Path:
                 sample_size=16, transformer_layers_per_block=(1, 1, 2), use_linear_projection=True,
             ),
             scheduler=EulerDiscreteScheduler(
-                beta_end=0.012, beta_schedule="scaled_linear", beta_start=0.00085, interpolation_type="linear",
-                num_train_timesteps=1000, prediction_type="epsilon", steps_offset=1, timestep_spacing="leading",
+                beta_end=0.012, beta_schedule="scaled_linear", beta_start=0.00085,
+                interpolation_type="linear", num_train_timesteps=1000, prediction_type="epsilon",
+                steps_offset=1, timestep_spacing="leading",
             ),
             force_zeros_for_empty_prompt=force_zeros, add_watermarker=False,
         )  # fmt: skip
         pipeline.save_pretrained(directory)
-    shutil.rmtree(directory / "first")
-    shutil.rmtree(directory / "second")
+    for written, published in (("first", "tokenizer"), ("second", "tokenizer_2")):
+        shutil.rmtree(directory / published)  # this transformers writes tokenizer.json in the place of these
+        (directory / written).rename(directory / published)
     return directory

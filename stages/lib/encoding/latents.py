@@ -20,7 +20,7 @@ from stages.lib.encoding.conditioning import Conditioning
 from stages.lib.frame.errors import StageError
 from stages.lib.models.weights import check_made_by
 from stages.lib.store.stored_rows import StoredRows
-from stages.lib.store.zarr_store import attributes_of, open_store, read_array
+from stages.lib.store.zarr_store import attributes_of, open_store, read_array, subgroup
 
 MOMENTS = {"mean", "logvar", "mask", "sample_id"}
 
@@ -119,7 +119,7 @@ class Latents:
     def conditions(
         self, rows: torch.Tensor, views: torch.Tensor | int, device: torch.device
     ) -> dict[str, torch.Tensor]:
-        """What the UNet is told of (B,) rows of one bucket on ``device``, by name, float32; {} for nothing."""
+        """What the UNet is told of (B,) rows of one bucket on ``device``, by name, float32; {} if nothing."""
         number = int(self.bucket_of(rows[0]))
         rows = rows - self._first_rows[number]
         told = self.buckets[number].told
@@ -175,7 +175,7 @@ def read_latents(path: Path = LATENTS, resident: bool = True) -> Latents:
         sample_ids = read_array(path, store, f"{prefix}sample_id", "encode_images").tolist()
         mean, logvar = array(f"{prefix}mean"), array(f"{prefix}logvar")
         mask = array(f"{prefix}mask") if "masks" in attributes else None
-        names = set(store[group].array_keys() if group else store.array_keys())
+        names = set(subgroup(store, group).array_keys())
         told = {name: array(f"{prefix}{name}") for name in sorted(names - MOMENTS)}
         return Bucket(sample_ids, mean, logvar, mask, rank_of.get(group, 0), told)
 

@@ -123,8 +123,8 @@ def _added_conditions(
     if got != expected:
         refiner = ", a refiner's UNet, not supported" if got == width + 5 * of_one else ""
         yield (
-            f"unet/config.json: expected projection_class_embeddings_input_dim {expected}, {num_ids} numbers of "
-            f"{of_one} and the projection's {width}, got {got}{refiner}"
+            f"unet/config.json: expected projection_class_embeddings_input_dim {expected}, {num_ids} numbers "
+            f"of {of_one} and the projection's {width}, got {got}{refiner}"
         )
 
 

@@ -73,7 +73,7 @@ def write_pipeline_index(
         base: of the pipeline directory.
         scheduler: library and class that the base samples with, e.g. ``["diffusers", "PNDMScheduler"]``.
         family: of the base. Of components that not every family has the hashes are written too, in keys that
-            pipelines pass over: a stage that depends on this file depends on them, whether they are there or not.
+            pipelines pass over: a stage that depends on this file depends on them, there or not.
         force_zeros: whether no caption is zeros, where the family asks; None takes diffusers' default.
     """
     absent = [None, None]

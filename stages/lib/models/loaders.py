@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(base: Path, folder: str = "tokenizer") -> CLIPTokenizer:
-    """A tokenizer of the base, with its own pad token (SD 1.x pads with EOS, SD 2.x and SDXL's 2nd with "!")."""
+    """A tokenizer of the base, with its own pad token (SD 1.x pads with EOS, SD 2.x, SDXL's 2nd with "!")."""
     from transformers import CLIPTokenizer
 
     directory = component_directory(base, folder)

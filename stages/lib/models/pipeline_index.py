@@ -32,8 +32,8 @@ def read_pipeline_index(source: Origin) -> dict[str, Any]:
     index = read_config(source.fetch(["model_index.json"]) / "model_index.json")
     if index.get("requires_aesthetics_score"):
         raise StageError(
-            f"{source}: model_index.json: expected a base, got a refiner (requires_aesthetics_score), which has "
-            "no first text encoder and is told a score: not supported; take the base that it refines, "
+            f"{source}: model_index.json: expected a base, got a refiner (requires_aesthetics_score), which "
+            "has no first text encoder and is told a score: not supported; take the base that it refines, "
             "e.g. stabilityai/stable-diffusion-xl-base-1.0"
         )
     return index
