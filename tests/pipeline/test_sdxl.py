@@ -121,10 +121,8 @@ def script_time_ids(
 ) -> list[int]:
     """As train_text_to_image_sdxl.py: resize, mirror, crop; ``corner`` (top, left) or the centre crop's."""
     width, height = image
-    if width <= height:
-        resized = (side, int(side * height / width))
-    else:
-        resized = (int(side * width / height), side)
+    upright = width <= height
+    resized = (side, int(side * height / width)) if upright else (int(side * width / height), side)
     top, left = corner or (round((resized[1] - side) / 2), round((resized[0] - side) / 2))
     if flip and corner:  # ``corner`` is that of the picture that is mirrored afterwards
         left = resized[0] - side - left
