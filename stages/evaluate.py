@@ -1,6 +1,6 @@
 """Render and measure the fine-tuned UNet on the problems of the base, and draw both side by side.
 
-Reads  data/base, data/unet, data/training/previews, data/baseline, data/latents.zarr, data/captions.zarr,
+Reads  data/base, data/unet, data/embeddings, data/training/previews, data/baseline, data/latents.zarr, data/captions.zarr,
        data/pairs; the file of evaluate.inception_weights
 Writes data/evaluation: samples/, metric_samples/, grids/, sweep.png, denoising.png, learning.png,
        nearest.png, measurements.safetensors, pictures.json
@@ -12,6 +12,7 @@ from __future__ import annotations
 from stages.lib.core.paths import (
     BASELINE,
     BASELINE_MEASUREMENTS,
+    EMBEDDINGS,
     EVALUATION,
     EVALUATION_MEASUREMENTS,
     EVALUATION_PICTURES,
@@ -38,16 +39,20 @@ from stages.lib.evaluation.measuring.pictures import (
 from stages.lib.evaluation.measuring.rendering import settings
 from stages.lib.frame.params import Params
 from stages.lib.frame.run import run_stage
+from stages.lib.inversion.placeholder import read_placeholder
 
 
 def main(params: Params) -> None:
     options = params.evaluate
     check_trained(TRAINED_UNET, PREVIEWS)
+    placeholder = read_placeholder()
     bench = set_up(options, params.validation)
     base, reference = read_measurements(BASELINE_MEASUREMENTS, "baseline")
     check_baseline(base, bench, BASELINE)
     check_same_inception(base, bench.inception)
-    measured, pictures, renderer = judge(bench, TRAINED_UNET, options, params.validation, EVALUATION)
+    measured, pictures, renderer = judge(
+        bench, TRAINED_UNET, options, params.validation, EVALUATION, placeholder
+    )
     write_measurements(EVALUATION_MEASUREMENTS, measured)
 
     learning(renderer, PREVIEWS).save(EVALUATION / "learning.png")
@@ -67,6 +72,8 @@ def main(params: Params) -> None:
         "examples": training_examples(options, bench.samples),
         "memorised": memorised,
     }
+    if placeholder is not None:
+        shown["embeddings_sha256"] = hash_file(EMBEDDINGS / SUMS)
     write_sealed_json(EVALUATION_PICTURES, shown)
 
 

@@ -1,6 +1,6 @@
 """Write one page about the run: pictures side by side, metrics, curves, lineage.
 
-Reads  data/evaluation, data/baseline, data/training/plots, data/unet, data/encode_images_report,
+Reads  data/evaluation, data/baseline, data/training/plots, data/unet, data/embeddings, data/encode_images_report,
        data/pairs/rejected.jsonl, params.yaml; of dvc.lock the stages upstream of evaluate
 Writes data/evaluation/index.html, and index_files/ beside it
 Params all sections, to print them
@@ -39,6 +39,7 @@ if __name__ == "__main__":
             "encode_captions",
             "encode_images",
             "train",
+            "invert",
             "validation",
             "evaluate",
         ),

@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 
 ROOMS = (
     "frame", "core", "store", "models", "data", "drawing",
-    "encoding", "diffusion", "training", "evaluation", "export", "page", "trial",
+    "encoding", "diffusion", "training", "inversion", "evaluation", "export", "page", "trial",
 )  # fmt: skip
 FREE_OF_LIBRARIES = ("torch", "numpy", "PIL", "zarr", "accelerate", "diffusers", "transformers")
 

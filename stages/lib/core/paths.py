@@ -39,6 +39,12 @@ PREVIEWS = TRAINING / "previews"
 RUN_FILE = "run.json"  # in the two above: which weights they belong to
 TRAINING_SPEED = DATA / "training_speed.json"  # this machine's, no output of DVC's
 
+# invert
+EMBEDDINGS = DATA / "embeddings"
+LEARNED_EMBEDDINGS = EMBEDDINGS / "learned_embeds.safetensors"  # diffusers' form
+A1111_EMBEDDINGS = EMBEDDINGS / "a1111.safetensors"
+EMBEDDINGS_CURVES = EMBEDDINGS / "plots" / "metrics"
+
 # baseline, evaluate, report, gallery
 BASELINE = DATA / "baseline"
 BASELINE_MEASUREMENTS = BASELINE / "measurements.safetensors"

@@ -21,6 +21,7 @@ from stages.lib.frame.sections.encode_images import EncodeImages
 from stages.lib.frame.sections.evaluate import Evaluate
 from stages.lib.frame.sections.export import Export
 from stages.lib.frame.sections.fetch_base import FetchBase
+from stages.lib.frame.sections.invert import Invert
 from stages.lib.frame.sections.prepare import Prepare
 from stages.lib.frame.sections.section import Section, UndeclaredParameter, read_section
 from stages.lib.frame.sections.tokenization import Tokenize
@@ -28,15 +29,15 @@ from stages.lib.frame.sections.train import Train
 from stages.lib.frame.sections.validation import Validation
 
 __all__ = [
-    "EncodeCaptions", "EncodeImages", "Evaluate", "Export", "FetchBase", "Params", "Prepare", "Tokenize",
-    "Train", "UndeclaredParameter", "Validation", "read_params",
+    "EncodeCaptions", "EncodeImages", "Evaluate", "Export", "FetchBase", "Invert", "Params", "Prepare",
+    "Tokenize", "Train", "UndeclaredParameter", "Validation", "read_params",
 ]  # fmt: skip
 
 PARAMS_FILE = Path("params.yaml")
 SECTIONS: dict[str, type[Section]] = {
     kind.section: kind
     for kind in (
-        FetchBase, Prepare, Tokenize, EncodeCaptions, EncodeImages, Train, Validation, Evaluate,
+        FetchBase, Prepare, Tokenize, EncodeCaptions, EncodeImages, Train, Invert, Validation, Evaluate,
         Export,
     )
 }  # fmt: skip
@@ -52,6 +53,7 @@ class Params:
     encode_captions: EncodeCaptions
     encode_images: EncodeImages
     train: Train
+    invert: Invert
     validation: Validation
     evaluate: Evaluate
     export: Export

@@ -141,9 +141,10 @@ class Watch:
     def before_first_step(self) -> None:
         """Previews of what the run begins with, where there are none, and its held-out loss where it is lost.
 
-        A run that goes on under another section ``validation`` has no held-out loss that compares.
+        A run that goes on under another section ``validation`` has no held-out loss that compares. One
+        without any step has that of the base alone.
         """
-        if self.measure_again:
+        if self.measure_again or self.max_train_steps == 0:
             self.history.log(self.num_steps, self._held_out_losses())
         if self.params.train.preview_every_steps is not None and not self.previews.latents_of:
             self._preview(self.num_steps)

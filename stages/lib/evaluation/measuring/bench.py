@@ -7,13 +7,15 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from stages.lib.core.devices import use_same_kernels
 from stages.lib.core.files import fresh_directory, read_json
 from stages.lib.core.fingerprints import fingerprint
 from stages.lib.core.paths import BASE, BASE_CLIP, LATENTS, PAIR_CAPTIONS, PAIR_IMAGES, RUN_FILE
 from stages.lib.core.sums import SUMS, check_hashes, check_sums, hash_file, remedy
 from stages.lib.data.image_shards import fingerprint_of_images, image_index
-from stages.lib.data.pairs import SampleCaptions
+from stages.lib.data.pairs import VALIDATION, SampleCaptions
 from stages.lib.diffusion.schedule import training_scheduler
 from stages.lib.diffusion.validation import validation_losses
 from stages.lib.encoding.conditioning import Conditioning, check_text_encoder, read_conditioning
@@ -28,9 +30,11 @@ from stages.lib.evaluation.measuring.pictures import (
     save_metric_pictures,
     save_samples,
 )
-from stages.lib.evaluation.measuring.rendering import Renderer, load_renderer, sampler_config
+from stages.lib.evaluation.measuring.rendering import Renderer, conditions_of, load_renderer, sampler_config
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Evaluate, Validation
+from stages.lib.inversion.placeholder import Placeholder
+from stages.lib.models.families.family import STATES
 from stages.lib.models.layout import check_base
 
 logger = logging.getLogger(__name__)
@@ -100,7 +104,12 @@ def set_up(options: Evaluate, validation: Validation) -> Bench:
 
 
 def judge(
-    bench: Bench, unet: Path, options: Evaluate, validation: Validation, output: Path
+    bench: Bench,
+    unet: Path,
+    options: Evaluate,
+    validation: Validation,
+    output: Path,
+    placeholder: Placeholder | None = None,
 ) -> tuple[Measurements, list[MadePicture], Renderer]:
     """Render and measure one UNet.
 
@@ -109,6 +118,7 @@ def judge(
         unet: directory of the UNet.
         options, validation: what is rendered, and how the held-out loss is measured.
         output: gets samples/, metric_samples/ and denoising.png.
+        placeholder: a learned word, which prompts and captions may hold.
 
     Returns:
         What was measured, the pictures that were, in that order, and what rendered them.
@@ -116,14 +126,14 @@ def judge(
     captions = [sample.captions[0] for sample in bench.chosen]
     renderer = load_renderer(
         BASE, unet, options, [*options.prompts, *captions],
-        bench.latents.resolution, bench.conditioning.clip_skip, bench.conditioning.num_chunks,
+        bench.latents.resolution, bench.conditioning.clip_skip, bench.conditioning.num_chunks, placeholder,
     )  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     fresh_directory(output / "samples")  # what lies beside it may be another stage's
     scheduler = training_scheduler(sampler_config(BASE, unet))
     pipeline = renderer.pipeline
     losses = validation_losses(
-        pipeline.unet.forward, scheduler, bench.latents, bench.conditioning, bench.samples, validation,
+        pipeline.unet.forward, scheduler, bench.latents, _with_placeholder(bench, renderer), bench.samples, validation,
         pipeline.device,
     )  # fmt: skip
     pictures = save_metric_pictures(renderer, options, bench.chosen, output / "metric_samples")
@@ -131,6 +141,21 @@ def judge(
     paths = [made.path for made in pictures]
     measured = measure_unet(losses, scheduler, bench.clip, bench.inception, paths, captions)
     return dataclasses.replace(measured, made_from=bench.made_from), pictures, renderer
+
+
+def _with_placeholder(bench: Bench, renderer: Renderer) -> Conditioning:
+    """What held-out losses are measured with: first captions that hold a learned word are encoded with it."""
+    placeholder, known = renderer.placeholder, bench.conditioning
+    captions = list(dict.fromkeys(each.captions[0] for each in bench.samples if each.split == VALIDATION))
+    learned = [] if placeholder is None else [text for text in captions if placeholder.word in text]
+    if not learned:
+        return known
+    rows = torch.cat([torch.tensor([known.empty_row]), known.rows(captions)])
+    states = known.states(rows, torch.device("cpu"))  # (1 + U, num_chunks * 77, D)
+    row_of = {text: row for row, text in enumerate(captions, 1)}
+    for text in learned:  # rounded as stored captions are
+        states[row_of[text]] = conditions_of(renderer, text)[STATES].cpu().half().float()
+    return dataclasses.replace(known, encoder_hidden_states=states, row_of=row_of, empty_row=0)
 
 
 def check_trained(unet: Path, previews: Path) -> None:

@@ -22,6 +22,7 @@ from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Evaluate
 from stages.lib.frame.progress import progress_bar
 from stages.lib.frame.start_up import left_out
+from stages.lib.inversion.placeholder import Placeholder, install
 from stages.lib.models.families.chosen import family_of, zeros_for_no_caption
 from stages.lib.models.families.family import Family
 from stages.lib.models.layout import read_config
@@ -92,6 +93,7 @@ class Renderer:
         batch_size: pictures a forward pass; shorter batches are padded.
         clip_skip, num_chunks: as the training captions were encoded.
         zeros_for_no_caption: as the base was trained.
+        placeholder: a learned word that the pipeline knows, None for none.
     """
 
     pipeline: Any
@@ -103,6 +105,7 @@ class Renderer:
     clip_skip: int | None
     num_chunks: int
     zeros_for_no_caption: bool
+    placeholder: Placeholder | None = None
 
 
 def sampler_config(base: Path, unet: Path) -> dict[str, Any]:
@@ -135,6 +138,7 @@ def load_renderer(
     resolution: int,
     clip_skip: int | None,
     num_chunks: int,
+    placeholder: Placeholder | None = None,
 ) -> Renderer:
     """The base's pipeline with the UNet of ``unet`` and its scheduler, on the GPU where there is one.
 
@@ -144,6 +148,7 @@ def load_renderer(
         texts: every prompt that will be asked for.
         resolution: pixels, side of a picture.
         clip_skip, num_chunks: as the training captions were encoded.
+        placeholder: a learned word that prompts may hold.
 
     Raises:
         StageError: if a part is missing, damaged, or the scheduler is none of diffusers'.
@@ -165,24 +170,30 @@ def load_renderer(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.to(memory_format=torch.channels_last)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    zeros = zeros_for_no_caption(base)
-    size = options.batch_size
-    renderer = Renderer(pipeline, family, {}, "", resolution, size, clip_skip, num_chunks, zeros)
+    if placeholder is not None:
+        install(pipeline.tokenizer, pipeline.text_encoder, placeholder)
+    zeros, size = zeros_for_no_caption(base), options.batch_size
+    renderer = Renderer(
+        pipeline, family, {}, "", resolution, size, clip_skip, num_chunks, zeros, placeholder
+    )
     return with_texts(renderer, texts, options.negative_prompt)
 
 
 def with_texts(renderer: Renderer, texts: Iterable[str], negative_prompt: str) -> Renderer:
     """The same renderer for other prompts, each encoded once."""
     distinct = list(dict.fromkeys([*texts, negative_prompt]))
-    with torch.inference_mode():
-        known = {
-            text: encode_prompt(
-                renderer.family, renderer.pipeline, text,
-                renderer.clip_skip, renderer.num_chunks, renderer.zeros_for_no_caption,
-            )
-            for text in distinct
-        }  # fmt: skip
+    known = {text: conditions_of(renderer, text) for text in distinct}
     return dataclasses.replace(renderer, conditions=known, negative_prompt=negative_prompt)
+
+
+@torch.inference_mode()
+def conditions_of(renderer: Renderer, text: str) -> dict[str, torch.Tensor]:
+    """A text's conditions as training captions were encoded; a learned word stands for all of its tokens."""
+    spelled = text if renderer.placeholder is None else renderer.placeholder.spelled(text)
+    return encode_prompt(
+        renderer.family, renderer.pipeline, spelled,
+        renderer.clip_skip, renderer.num_chunks, renderer.zeros_for_no_caption,
+    )  # fmt: skip
 
 
 def render(

@@ -47,8 +47,8 @@ class Train(Section):
     train_batch_size: Annotated[Whole, Ge(1)] = Field(
         description="images an optimizer step, over all processes and accumulation"
     )
-    max_train_steps: Annotated[Whole, Ge(1)] | None = Field(
-        description="optimizer steps; null with num_train_epochs"
+    max_train_steps: Annotated[Whole, Ge(0)] | None = Field(
+        description="optimizer steps; null with num_train_epochs; 0 leaves the UNet as it is"
     )
     num_train_epochs: Annotated[Whole, Ge(1)] | None = Field(
         description="passes over the training split; null with max_train_steps"
@@ -170,8 +170,13 @@ class Train(Section):
 
     @check
     def _warm_up(self) -> Iterator[tuple[str, str]]:
-        if self.max_train_steps is not None and self.lr_warmup_steps > self.max_train_steps:
+        if self.max_train_steps and self.lr_warmup_steps > self.max_train_steps:
             yield "lr_warmup_steps", f"at most max_train_steps {self.max_train_steps}"
+
+    @check
+    def _nothing_to_choose(self) -> Iterator[tuple[str, str]]:
+        if self.max_train_steps == 0 and self.export == "best":
+            yield "export", "last with max_train_steps 0: the base's UNet is the only one"
 
     @check
     def _pure_noise(self) -> Iterator[tuple[str, str]]:
