@@ -17,6 +17,7 @@ from stages.lib.core.files import fresh_directory, write_json
 from stages.lib.core.fingerprints import code_identity, fingerprint
 from stages.lib.core.paths import (
     BASE,
+    CURVES,
     PLOTS,
     PREVIEWS,
     RUN_FILE,
@@ -202,6 +203,7 @@ def export_snapshots(
 
 def write_hashes() -> None:
     """Hashes of what was made, and in curves and previews the hash of the weights that they belong to."""
+    CURVES.mkdir(parents=True, exist_ok=True)  # without a step and held-out samples nothing is logged
     for directory in (PLOTS, PREVIEWS):
         write_json(directory / RUN_FILE, {"unet_sha256": hash_file(TRAINED_UNET / SUMS)})
         write_sums(directory)

@@ -17,6 +17,9 @@ TITLES = {
     "validation_loss": "Held-out loss",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
+    "inversion_loss": "Loss of the placeholder",
+    "inversion_validation_loss": "Held-out loss of the placeholder",
+    "inversion_grad_norm": "Gradient norm of the placeholder",
 }
 
 

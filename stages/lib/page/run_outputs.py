@@ -33,6 +33,7 @@ STAGE_OF = {
     paths.ENCODING_REPORT: "encode_images",
     paths.TRAINING: "train",
     paths.TRAINED_UNET: "train",
+    paths.EMBEDDINGS: "invert",
     paths.BASELINE: "baseline",
     paths.EVALUATION_REPORT: "report",
     paths.EVALUATION: "evaluate",
@@ -122,6 +123,8 @@ class Outputs:
         self._hashed: list[str] = []  # directories of which every file that is read has a hash
         for directory in (paths.PLOTS, paths.ENCODING_REPORT):
             self._take_sums(directory.as_posix(), f"{directory.as_posix()}/{SUMS}")
+        if files.exists(embeddings := f"{paths.EMBEDDINGS.as_posix()}/{SUMS}"):
+            self._take_sums(paths.EMBEDDINGS.as_posix(), embeddings)
         self._take_sums(paths.PAIRS.as_posix(), sum_of(paths.REJECTED_PAIRS).as_posix())
 
     def read(self, path: str) -> bytes:
@@ -248,13 +251,14 @@ def _curves(outputs: Outputs) -> tuple[Curve, ...]:
         present = outputs.files.ls(CURVES, detail=False)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingOutput(CURVES) from error
-    found = {path for path in (*present, *outputs.recorded(CURVES)) if path.endswith(".tsv")}
+    learned = outputs.recorded(paths.EMBEDDINGS_CURVES.as_posix())
+    found = {path for path in (*present, *outputs.recorded(CURVES), *learned) if path.endswith(".tsv")}
     return tuple(_curve(path, outputs.read(path)) for path in sorted(found))
 
 
 def _curve(path: str, content: bytes) -> Curve:
     name = path.rsplit("/", 1)[-1].removesuffix(".tsv")
-    with _expected(path, f"columns step and {name}", "train"):
+    with _expected(path, f"columns step and {name}", stage_of(path)):
         rows = list(csv.DictReader(io.StringIO(content.decode()), delimiter="\t"))
         points = [(int(row["step"]), float(row[name])) for row in rows]
     finite = [(step, value) for step, value in points if math.isfinite(value)]
