@@ -1,7 +1,7 @@
 """Render and measure the fine-tuned UNet on the problems of the base, and draw both side by side.
 
-Reads  data/base, data/unet, data/embeddings, data/training/previews, data/baseline, data/latents.zarr, data/captions.zarr,
-       data/pairs; the file of evaluate.inception_weights
+Reads  data/base, data/unet, data/embeddings, data/training/previews, data/baseline, data/latents.zarr,
+       data/captions.zarr, data/pairs; the file of evaluate.inception_weights
 Writes data/evaluation: samples/, metric_samples/, grids/, sweep.png, denoising.png, learning.png,
        nearest.png, measurements.safetensors, pictures.json
 Params evaluate (what is rendered and measured, no statistics), validation

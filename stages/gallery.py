@@ -1,7 +1,8 @@
 """Write one page about the run: pictures side by side, metrics, curves, lineage.
 
-Reads  data/evaluation, data/baseline, data/training/plots, data/unet, data/embeddings, data/encode_images_report,
-       data/pairs/rejected.jsonl, params.yaml; of dvc.lock the stages upstream of evaluate
+Reads  data/evaluation, data/baseline, data/training/plots, data/unet, data/embeddings,
+       data/encode_images_report, data/pairs/rejected.jsonl, params.yaml; of dvc.lock the stages upstream of
+       evaluate
 Writes data/evaluation/index.html, and index_files/ beside it
 Params all sections, to print them
 """

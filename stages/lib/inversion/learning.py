@@ -213,7 +213,7 @@ def _run(
     with progress_bar("invert", "images", total * size, resumed.global_step * size) as bar:
         for global_step in range(resumed.global_step, total):
             loss = step_losses(inverter, inverter.draw(global_step)).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             limit = float("inf") if options.max_grad_norm is None else options.max_grad_norm
             grad_norm = torch.nn.utils.clip_grad_norm_([vectors], limit)
             optimizer.step()
@@ -249,7 +249,7 @@ def _point(
 
 def _watched(history: History, environments: list[dict[str, str]]) -> dict[str, Any]:
     """What a checkpoint holds beside the state; of what train keeps and this has none, nothing."""
-    nothing = {each.name: None for each in dataclasses.fields(Resumed)}
+    nothing = {each.name: None for each in dataclasses.fields(Resumed) if each.name != "global_step"}
     return nothing | {"points": history.points, "previews": {}, "environments": environments}
 
 

@@ -133,8 +133,8 @@ def judge(
     scheduler = training_scheduler(sampler_config(BASE, unet))
     pipeline = renderer.pipeline
     losses = validation_losses(
-        pipeline.unet.forward, scheduler, bench.latents, _with_placeholder(bench, renderer), bench.samples, validation,
-        pipeline.device,
+        pipeline.unet.forward, scheduler, bench.latents, _with_placeholder(bench, renderer), bench.samples,
+        validation, pipeline.device,
     )  # fmt: skip
     pictures = save_metric_pictures(renderer, options, bench.chosen, output / "metric_samples")
     pictures += save_samples(renderer, options, output)
