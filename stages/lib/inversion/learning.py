@@ -106,7 +106,13 @@ def build_inverter(options: Invert, base_config: dict[str, Any]) -> Inverter:
     use_same_kernels()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     latents, conditioning = read_latents(), read_conditioning(resident=False)
-    check_text_encoder(conditioning, BASE / "text_encoder")
+    check_text_encoder(conditioning, BASE)
+    if len(conditioning.family.text_encoders) > 1:
+        raise StageError(
+            "params.yaml: invert.placeholder: expected a base with one text encoder, got "
+            f"{len(conditioning.family.text_encoders)} in {BASE}, as Stable Diffusion XL has: a word is not "
+            "learned for several yet; set it to null"
+        )
     samples = samples_holding(read_samples(latents, conditioning, PAIR_CAPTIONS), options)
     texts = texts_of_samples(samples)
 

@@ -173,9 +173,7 @@ def load_renderer(
     if placeholder is not None:
         install(pipeline.tokenizer, pipeline.text_encoder, placeholder)
     zeros, size = zeros_for_no_caption(base), options.batch_size
-    renderer = Renderer(
-        pipeline, family, {}, "", resolution, size, clip_skip, num_chunks, zeros, placeholder
-    )
+    renderer = Renderer(pipeline, family, {}, "", resolution, size, clip_skip, num_chunks, zeros, placeholder)
     return with_texts(renderer, texts, options.negative_prompt)
 
 
