@@ -217,11 +217,11 @@ def identities(root: Path) -> list[str]:
         ("core/devices.py", "benchmark = True, False", "benchmark = False, True", (True, False, True)),
         ("encoding/pixels.py", "/ 127.5 - 1.0", "/ 128 - 1.0", (True, False, True)),
         ("encoding/pixels.py", "[:, ::-1]", "[::-1]", (True, False, True)),
-        ("encoding/text_encoder.py", "[-(clip_skip + 1)]", "[-1]", (False, True, False)),
+        ("encoding/text_encoder.py", "(clip_skip or 0) + 1)]", "1)]", (False, True, False)),
         ("encoding/autoencoder.py", "sigma=1.5", "sigma=2.5", (False, False, True)),
         ("encoding/engine.py", "MAX_LOADERS = 16", "MAX_LOADERS = 8", (False, False, False)),
         ("frame/progress.py", "LINE_SECONDS = 10.0", "LINE_SECONDS = 20.0", (False, False, False)),
-        ("models/layout.py", "COMPONENTS =", "UNUSED = 1\nCOMPONENTS =", (False, False, False)),
+        ("models/layout.py", "CLIP =", "UNUSED = 1\nCLIP =", (False, False, False)),
     ],
 )  # fmt: skip
 def test_an_edit_counts_for_the_rows_that_it_computes(copied, file, old, new, expected):
