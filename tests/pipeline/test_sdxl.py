@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
-from stages import baseline, encode_captions, evaluate, fetch_base, gallery, report, tokenize_captions
+from stages import baseline, encode_captions, evaluate, fetch_base, gallery, invert, report, tokenize_captions
 from stages.lib.core.paths import BASE
 from stages.lib.diffusion.previews import sample_previews
 from stages.lib.diffusion.schedule import training_scheduler
@@ -275,7 +275,7 @@ def test_long_captions_have_windows_side_by_side_and_the_pooled_projection_of_th
 def test_from_pairs_to_the_page(xl, lora_rank):
     params = write_params(train={"lora_rank": lora_rank, "caption_dropout": 0.3}, encode_images=IMAGES)
     run_train(lora_rank=lora_rank, caption_dropout=0.3)
-    for stage in (baseline, evaluate, report, gallery):
+    for stage in (invert, baseline, evaluate, report, gallery):
         stage.main(params)
     assert "<html" in Path("data/evaluation/index.html").read_text()
     base = StableDiffusionXLPipeline.from_pretrained(BASE).unet
