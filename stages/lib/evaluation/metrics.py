@@ -12,13 +12,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from stages.lib.diffusion.held_out import HeldOutLosses
-from stages.lib.evaluation.distances import clip_image_similarity, clip_scores, cmmd, frechet_distance, kid
+from stages.lib.evaluation.distances import (
+    Labels,
+    clip_image_similarity,
+    clip_scores,
+    cmmd,
+    extrapolated_frechet,
+    kid,
+)
 from stages.lib.evaluation.intervals import Statistic
+from stages.lib.evaluation.manifolds import NUM_NEIGHBOURS, precision, recall, retrieved
 from stages.lib.evaluation.measuring.measurements import Measurements, Reference
 from stages.lib.evaluation.measuring.nearest import nearest_images
 from stages.lib.frame.params import Evaluate
+
+SAME_CAPTION = 1.0 - 1e-6  # cosine of two captions' features
 
 
 @dataclass(frozen=True)
@@ -48,9 +59,13 @@ class MeanMetric:
         name: in metrics.json, after ``base_``, ``tuned_`` or ``real_``.
         label: for people.
         better: ``higher`` or ``lower``.
-        values: of a subject, (M,), given the features of the data and the options.
-        note: what it was computed from; ``{pictures}``, ``{training}`` and ``{threshold}`` are filled in.
+        values: of a subject, (M,), given the features of the data and the options; truth values where the
+            mean is a share.
+        note: what it was computed from; ``{pictures}``, ``{images}``, ``{training}`` and ``{threshold}`` are
+            filled in.
         real_form: how the note shows what held-out images reach themselves; "" where that says nothing.
+        of_images: whether the values are of held-out images, not of pictures.
+        least: pictures that it needs, and held-out images where it takes those.
     """
 
     name: str
@@ -59,6 +74,8 @@ class MeanMetric:
     values: Callable[[Subject, Reference, Evaluate], torch.Tensor]
     note: str
     real_form: str = ""
+    of_images: bool = False
+    least: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,17 +84,17 @@ class DistanceMetric:
 
     Attributes:
         name, label: as of `MeanMetric`.
-        distance: of two sets of features, (M, D) and (R, D), as a function of weights.
+        distance: of two sets of features, (M, D) and (R, D), and their labels, as a function of weights.
         least: pictures that it needs on either side, given the features' width D.
-        interval: ``jackknife`` where repeats in a bootstrap's samples would bias it.
+        has_interval: whether one is known that keeps what it promises.
         of_inception: whether the features are Inception's; it is left out where there are none.
     """
 
     name: str
     label: str
-    distance: Callable[[torch.Tensor, torch.Tensor], Statistic]
+    distance: Callable[[torch.Tensor, torch.Tensor, Labels], Statistic]
     least: Callable[[int], int] = lambda width: 2
-    interval: Literal["bootstrap", "jackknife"] = "bootstrap"
+    has_interval: bool = True
     of_inception: bool = False
 
     better = "lower"
@@ -96,7 +113,23 @@ def _image_similarity(subject: Subject, reference: Reference, options: Evaluate)
 
 def _memorised(subject: Subject, reference: Reference, options: Evaluate) -> torch.Tensor:
     nearest = nearest_images(subject.features, reference.training)
-    return nearest.above(options.memorisation_threshold).double()
+    return nearest.above(options.memorisation_threshold)
+
+
+def _precision(subject: Subject, reference: Reference, options: Evaluate) -> torch.Tensor:
+    return precision(subject.features, reference.held_out)
+
+
+def _recall(subject: Subject, reference: Reference, options: Evaluate) -> torch.Tensor:
+    return recall(subject.features, reference.held_out)
+
+
+def _retrieved(subject: Subject, reference: Reference, options: Evaluate) -> torch.Tensor:
+    return retrieved(subject.features, subject.captions)
+
+
+def _frechet(generated: torch.Tensor, reference: torch.Tensor, labels: Labels) -> Statistic:
+    return lambda *weights: extrapolated_frechet(generated, reference, labels)
 
 
 METRICS: tuple[AnyMetric, ...] = (
@@ -121,12 +154,34 @@ METRICS: tuple[AnyMetric, ...] = (
     DistanceMetric(
         "frechet_distance",
         "Fréchet distance on CLIP features",
-        frechet_distance,
+        _frechet,
         least=lambda width: 2 * width,
-        interval="jackknife",
+        has_interval=False,
     ),
-    DistanceMetric(
-        "fid", "FID on Inception's features", frechet_distance, interval="jackknife", of_inception=True
+    DistanceMetric("fid", "FID on Inception's features", _frechet, has_interval=False, of_inception=True),
+    MeanMetric(
+        "precision",
+        "Precision on CLIP features",
+        "higher",
+        _precision,
+        "share of {pictures} pictures of held-out captions that lie among {images} held-out images",
+        least=NUM_NEIGHBOURS + 1,
+    ),
+    MeanMetric(
+        "recall",
+        "Recall on CLIP features",
+        "higher",
+        _recall,
+        "share of {images} held-out images that lie among {pictures} pictures of held-out captions",
+        of_images=True,
+        least=NUM_NEIGHBOURS + 1,
+    ),
+    MeanMetric(
+        "retrieved_share",
+        "Captions found again",
+        "higher",
+        _retrieved,
+        "share of {pictures} pictures that are nearer to their own caption than to each of the others",
     ),
     MeanMetric(
         "memorised_share",
@@ -176,6 +231,18 @@ def held_out_images(reference: Reference) -> Subject:
     """Held-out images in the place of generated ones."""
     prompts = [str(row) for row in range(len(reference.held_out))]
     return Subject(None, prompts, reference.held_out, reference.held_out_captions, None)
+
+
+def matched(subject: Subject, reference: Reference) -> Labels:
+    """Numbers of a subject's pictures and of the held-out images, equal where the caption is.
+
+    Captions are told apart by their features: CLIP gives equal captions equal ones, and sees no
+    difference between others of equal features either.
+    """
+    captions = F.normalize(torch.cat([subject.captions, reference.held_out_captions]).double())
+    numbers = ((captions @ captions.T) > SAME_CAPTION).int().argmax(dim=1).tolist()  # the first alike
+    count = len(subject.captions)
+    return numbers[:count], numbers[count:]
 
 
 def _losses(

@@ -14,7 +14,6 @@ from stages.lib.evaluation.intervals import (
     bootstrap_interval,
     difference,
     equal_weights,
-    jackknife_interval,
     mean_of,
     remembered,
 )
@@ -27,6 +26,7 @@ from stages.lib.evaluation.metrics import (
     Subject,
     held_out_images,
     loss_metrics,
+    matched,
     subject_of,
 )
 from stages.lib.frame.params import Evaluate
@@ -131,8 +131,8 @@ def _entry(
         if metric.real_form and reference is not None and len(reference.held_out):
             entry["real"] = _real(metric, reference, options)
         if None not in (entry["base"]["value"], entry["tuned"]["value"]):
-            entry["values"] = {"names": _names(metric, subjects["base"])} | {
-                unet: _values(metric, subject, reference, options).tolist()
+            entry["values"] = {"names": _rows_of(metric, subjects["base"], reference)} | {
+                unet: _values(metric, subject, reference, options).double().tolist()
                 for unet, subject in subjects.items()
             }
     return entry
@@ -143,7 +143,11 @@ def _statistic(
 ) -> Statistic | None:
     """The metric of a subject as a function of weights; None where it cannot be computed."""
     if isinstance(metric, MeanMetric):
-        is_known = bool(_names(metric, subject)) and (_is_loss(metric) or reference is not None)
+        counts = [len(_names(metric, subject))]
+        if not _is_loss(metric):
+            counts.append(0 if reference is None else len(reference.held_out))
+        is_known = _is_loss(metric) or reference is not None
+        is_known = is_known and counts[0] > 0 and min(counts) >= metric.least
         return mean_of(_values(metric, subject, reference, options)) if is_known else None
     if reference is None:
         return None
@@ -152,7 +156,7 @@ def _statistic(
         return None
     if min(len(generated), len(held_out)) < metric.least(held_out.shape[1]):
         return None
-    return remembered(metric.distance(generated, held_out))  # a Fréchet distance takes seconds
+    return remembered(metric.distance(generated, held_out, matched(subject, reference)))
 
 
 def _sides(
@@ -180,11 +184,18 @@ def _names(metric: MeanMetric, subject: Subject) -> list[str]:
     return list(subject.prompts)
 
 
+def _rows_of(metric: MeanMetric, subject: Subject, reference: Reference | None) -> list[str]:
+    """Names of the values, those of held-out images in the order of their sample_ids."""
+    if metric.of_images:
+        return [f"held-out image {row}" for row in range(0 if reference is None else len(reference.held_out))]
+    return _names(metric, subject)
+
+
 def _rows(metric: AnyMetric, subject: Subject, reference: Reference | None) -> Rows:
     """Labels of what the statistic's weights weigh, see `bootstrap_interval`."""
     if isinstance(metric, MeanMetric):
-        return [range(len(_names(metric, subject)))]
-    return [range(len(subject.prompts)), range(0 if reference is None else len(reference.held_out))]
+        return [range(len(_rows_of(metric, subject, reference)))]
+    return [[], []] if reference is None else list(matched(subject, reference))
 
 
 def _real(metric: MeanMetric, reference: Reference, options: Evaluate) -> EstimateEntry:
@@ -202,6 +213,7 @@ def _note(metric: AnyMetric, subject: Subject, reference: Reference | None, opti
     if isinstance(metric, MeanMetric):
         note = metric.note.format(
             pictures=num_pictures,
+            images=num_held_out,
             training=len(reference.training),
             threshold=options.memorisation_threshold,
         )
@@ -211,7 +223,7 @@ def _note(metric: AnyMetric, subject: Subject, reference: Reference | None, opti
         return note
     note = f"{num_pictures} pictures of held-out captions, {num_held_out} held-out images"
     if metric.of_inception:
-        return f"{note}; published values are of many thousands"
+        return f"{note}; published values are of many thousands, and not extrapolated"
     least = metric.least(reference.held_out.shape[1])
     if min(num_pictures, num_held_out) < least:
         note += f"; needs {least} of both (evaluate.num_metric_samples)"
@@ -231,13 +243,12 @@ def _estimate(
     value = statistic(*equal_weights(rows)).item()
     if not math.isfinite(value):
         return UNKNOWN
-    if any(len(set(labels)) < MIN_LABELS for labels in rows):
+    has_interval = isinstance(metric, MeanMetric) or metric.has_interval
+    if not has_interval or any(len(set(labels)) < MIN_LABELS for labels in rows):
         return {**UNKNOWN, "value": value}
-    seed, level = options.bootstrap_seed, options.bootstrap_level
-    if isinstance(metric, DistanceMetric) and metric.interval == "jackknife":
-        interval = jackknife_interval(statistic, rows, seed, level)
-    else:
-        interval = bootstrap_interval(statistic, rows, seed, options.bootstrap_resamples, level)
+    interval = bootstrap_interval(
+        statistic, rows, options.bootstrap_seed, options.bootstrap_resamples, options.bootstrap_level
+    )
     return {"value": interval.estimate, "low": interval.low, "high": interval.high}
 
 

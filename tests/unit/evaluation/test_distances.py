@@ -10,7 +10,14 @@ from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 from transformers import CLIPModel, CLIPProcessor
 
-from stages.lib.evaluation.distances import clip_image_similarity, clip_scores, cmmd, frechet_distance, kid
+from stages.lib.evaluation.distances import (
+    clip_image_similarity,
+    clip_scores,
+    cmmd,
+    extrapolated_frechet,
+    frechet_distance,
+    kid,
+)
 from stages.lib.evaluation.intervals import bootstrap_interval, difference, mean_of, resample_weights
 from stages.lib.evaluation.measuring import nearest as nearest_module
 from stages.lib.evaluation.measuring.clip_features import text_features
@@ -105,17 +112,54 @@ def test_equal_distributions_are_zero_on_average_and_often_negative(metric, num_
     assert 0.3 < float((values < 0).double().mean()) < 0.8
 
 
-def test_the_interval_of_a_squared_mmd_covers_its_true_value():
-    population = randn(600, 16), randn(600, 16, seed=1, shift=1.0)
-    truth = value_of(cmmd, *population)
-    covered = []
+@pytest.mark.parametrize(("metric", "kernel"), [(kid, polynomial), (cmmd, gaussian)])
+def test_pairs_of_one_caption_stand_in_no_mean(metric, kernel):
+    generated, reference = randn(6, 12), randn(5, 12, seed=1, shift=0.5)
+    labels = [0, 1, 1, 2, 3, 9], [1, 0, 3, 3, 4]
+    sides = [
+        list(zip(rows.double().numpy(), side, strict=True))
+        for rows, side in zip((generated, reference), labels, strict=True)
+    ]
+
+    def mean(left, right):
+        return np.mean([kernel(a, b) for a, one in left for b, other in right if one != other])
+
+    expected = mean(sides[0], sides[0]) + mean(sides[1], sides[1]) - 2 * mean(*sides)
+    found = metric(generated, reference, labels)(torch.ones(1, 6).double(), torch.ones(1, 5).double())
+    assert float(found) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("metric", [kid, cmmd])
+def test_equal_distributions_of_paired_captions_are_zero_on_average(metric):
+    """And below it where the pairs are counted, as the published estimators do on paired sides."""
+    labels, ones = (range(16), range(16)), [torch.ones(1, 16).double()] * 2
+    values, counted = [], []
     for trial in range(200):
-        chosen = torch.Generator().manual_seed(trial)
-        samples = [rows[torch.randperm(600, generator=chosen)[:24]] for rows in population]
-        interval = bootstrap_interval(cmmd(*samples), [range(24), range(24)], trial, 300, 0.95)
-        assert interval.low < interval.estimate < interval.high
-        covered.append(interval.low <= truth <= interval.high)
-    assert 0.9 <= np.mean(covered) <= 0.99
+        captions = 2.0 * randn(16, 12, seed=3 * trial)
+        sides = [captions + randn(16, 12, seed=3 * trial + side) for side in (1, 2)]
+        values.append(float(metric(*sides, labels)(*ones)))
+        counted.append(float(metric(*sides)(*ones)))
+    error = np.std(values) / 200**0.5
+    assert abs(np.mean(values)) < 3 * error
+    assert np.mean(counted) < -10 * error
+
+
+@pytest.mark.parametrize("num_pictures", [24, 48])
+def test_an_extrapolated_frechet_distance_has_lost_its_bias(num_pictures):
+    """Of normal distributions, whose distance is known."""
+    labels, ones = (range(num_pictures), range(num_pictures)), [torch.ones(1, num_pictures).double()] * 2
+    values, plain = [], []
+    for trial in range(60):
+        captions = randn(num_pictures, 8, seed=3 * trial)
+        sides = [
+            (captions + randn(num_pictures, 8, seed=3 * trial + side)) / 18**0.5 + 0.5 * (side - 1)
+            for side in (1, 2)
+        ]
+        values.append(float(extrapolated_frechet(*sides, labels)))
+        plain.append(float(frechet_distance(*sides)(*ones)))
+    truth, error = 8 * 0.5**2, np.std(values) / 60**0.5
+    assert abs(np.mean(values) - truth) < 3.5 * error + 0.02
+    assert np.mean(plain) > truth + 0.5
 
 
 def moments_of(*samples: torch.Tensor) -> list[torch.Tensor]:
@@ -273,6 +317,15 @@ def test_clip_score_equals_torchmetrics(emoji, clip_directory):
     expected = clip_score(images, [emoji.captions[row] for row in positive], model_and_processor)
     scores = clip_scores(emoji.first, texts)
     assert float(scores[positive].mean()) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_clip_score_clamps_each_picture_as_its_authors_do():
+    """Hessel et al. 2021: the mean of w * max(cos, 0), here with w = 100."""
+    images, texts = randn(50, 8), randn(50, 8, seed=1)
+    cosines = np.array([float(a @ b / a.norm() / b.norm()) for a, b in zip(images, texts, strict=True)])
+    assert (cosines < 0).any()
+    expected = np.mean(100 * np.clip(cosines, 0, None))
+    assert float(clip_scores(images, texts).mean()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_clip_score_is_100_for_equal_directions_and_0_for_opposite_ones():

@@ -15,7 +15,7 @@ from stages.lib.diffusion.schedule import training_scheduler
 from stages.lib.diffusion.validation import validation_losses
 from stages.lib.encoding.conditioning import read_conditioning
 from stages.lib.encoding.latents import read_latents
-from stages.lib.evaluation.distances import FrechetDistance, cmmd, frechet_distance, kid
+from stages.lib.evaluation.distances import FrechetDistance, cmmd, extrapolated_frechet, kid
 from stages.lib.evaluation.intervals import bootstrap_interval, difference, jackknife_interval, mean_of
 from stages.lib.evaluation.measuring.clip_features import image_features, text_features
 from stages.lib.evaluation.measuring.measure import measure_data
@@ -45,6 +45,9 @@ NAMES = {
     "kid",
     "cmmd",
     "frechet_distance",
+    "precision",
+    "recall",
+    "retrieved_share",
     "memorised_share",
 }
 
@@ -147,41 +150,38 @@ def test_fid_is_there_where_inceptions_features_are(case, with_inception):
     base, tuned, reference = with_inception
     entry = report(*with_inception)["fid"]
     for name, unet in (("base", base), ("tuned", tuned)):
-        expected = value_of(frechet_distance, unet.inception_features, reference.held_out_inception)
-        assert entry[name]["value"] == pytest.approx(expected)
-        assert entry[name]["low"] < expected < entry[name]["high"]
+        expected = extrapolated_frechet(unet.inception_features, reference.held_out_inception).item()
+        assert entry[name] == {"value": pytest.approx(expected, rel=1e-9), "low": None, "high": None}
     change = entry["tuned"]["value"] - entry["base"]["value"]
-    assert entry["difference"]["value"] == pytest.approx(change)
-    assert entry["difference"]["low"] < change < entry["difference"]["high"]
+    assert entry["difference"] == {"value": pytest.approx(change), "low": None, "high": None}
     assert "fid" not in report(*case)
     without = changed(base, inception_features=None)
     assert report(without, tuned, reference)["fid"]["base"]["value"] is None
 
 
-def test_a_frechet_distance_is_computed_once_for_each_group_of_each_unet(with_inception, monkeypatch):
+def test_a_frechet_distance_is_computed_once_for_each_size_of_each_unet(with_inception, monkeypatch):
     calls, compute = [], FrechetDistance._of
     monkeypatch.setattr(FrechetDistance, "_of", lambda *given: calls.append(1) or compute(*given))
     report(*with_inception)
-    assert len(calls) == 2 * (1 + 10)
+    assert len(calls) == 2 * 15
 
 
 def test_intervals_take_level_seed_and_number_of_resamples_from_the_options(with_inception):
     base, tuned, reference = with_inception
-    rows = [range(12), range(40)]
+    rows = [range(12), range(12, 52)]
     losses = mean_of(tuned.losses.losses.mean(dim=1))
-    fid = frechet_distance(base.inception_features, reference.held_out_inception)
-    fid_change = difference(frechet_distance(tuned.inception_features, reference.held_out_inception), fid)
+    distances = [cmmd(unet.picture_features[:12], reference.held_out) for unet in (base, tuned)]
     seen = set()
-    for drawn, level in (((0, 300), 0.95), ((0, 300), 0.5), ((9, 300), 0.95), ((0, 50), 0.95)):
+    for drawn, level in (((0, 300), 0.95), ((0, 300), 0.5), ((9, 300), 0.95), ((0, 150), 0.95)):
         seed, num_resamples = drawn
         options = changed(
             OPTIONS, bootstrap_seed=seed, bootstrap_level=level, bootstrap_resamples=num_resamples
         )
         entries = report(*with_inception, options)
         for entry, expected in (
-            (entries["validation_loss"]["tuned"], bootstrap_interval(losses, rows[1:], *drawn, level)),
-            (entries["fid"]["base"], jackknife_interval(fid, rows, seed, level)),
-            (entries["fid"]["difference"], jackknife_interval(fid_change, rows, seed, level)),
+            (entries["validation_loss"]["tuned"], bootstrap_interval(losses, [range(40)], *drawn, level)),
+            (entries["cmmd"]["base"], jackknife_interval(distances[0], rows, level)),
+            (entries["cmmd"]["difference"], jackknife_interval(difference(*distances[::-1]), rows, level)),
         ):
             found = [entry["value"], entry["low"], entry["high"]]
             assert found == pytest.approx([expected.estimate, expected.low, expected.high], rel=1e-9)
@@ -286,9 +286,9 @@ def test_the_frechet_distance_waits_for_enough_pictures(case):
         for index, unet in enumerate((base, tuned))
     ]
     entry = report(*many, reference)["frechet_distance"]
-    expected = value_of(frechet_distance, many[1].picture_features, reference.held_out)
-    assert entry["tuned"]["value"] == pytest.approx(expected)
-    assert entry["tuned"]["low"] < expected < entry["tuned"]["high"]
+    labels = range(30), range(30, 70)
+    expected = extrapolated_frechet(many[1].picture_features, reference.held_out, labels).item()
+    assert entry["tuned"] == {"value": pytest.approx(expected), "low": None, "high": None}
     assert entry["difference"]["value"] == pytest.approx(expected - entry["base"]["value"])
 
 
