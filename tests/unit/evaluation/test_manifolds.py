@@ -22,7 +22,8 @@ def inside(points, manifold):
 
 
 def test_precision_and_recall_equal_loops_over_points():
-    generated, reference = randn(40, 6) + 1.5, randn(30, 6, seed=1)
+    generated, reference = randn(40, 12), randn(30, 12, seed=1)
+    generated[:, 0] += 1.5
     found = precision(generated, reference), recall(generated, reference)
     assert found[0].tolist() == inside(generated, reference)
     assert found[1].tolist() == inside(reference, generated)
