@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from stages.lib.evaluation.intervals import MIN_LABELS, bootstrap_interval, mean_of
+from stages.lib.evaluation.intervals import MIN_LABELS, bootstrap_interval, difference, mean_of
 from stages.lib.page.run import Estimate, Metric, Run
 
 
@@ -44,10 +44,15 @@ def _change(metric: Metric, first: Metric, options: Mapping[str, int | float]) -
         torch.tensor(values, dtype=torch.float64) for values in (metric.values.tuned, first.values.tuned)
     )
     change = (tuned - reference).mean().item()
+    is_share = bool(((tuned == 0) | (tuned == 1)).all() and ((reference == 0) | (reference == 1)).all())
+    if is_share:
+        statistic = difference(mean_of(tuned.bool()), mean_of(reference.bool()))
+    else:
+        statistic = mean_of(tuned - reference)
     if len(tuned) < MIN_LABELS:
         return Estimate(change, None, None)
     interval = bootstrap_interval(
-        mean_of(tuned - reference),
+        statistic,
         [range(len(tuned))],
         int(options["bootstrap_seed"]),
         int(options["bootstrap_resamples"]),

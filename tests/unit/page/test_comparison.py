@@ -9,8 +9,10 @@ import torch
 from fsspec.implementations.dirfs import DirFileSystem
 
 from stages.lib.evaluation.intervals import bootstrap_interval, mean_of
+from stages.lib.page import comparison
 from stages.lib.page.comparison import changes_from_first
-from stages.lib.page.run import Estimate, Run
+from stages.lib.page.pictures import PictureFiles
+from stages.lib.page.run import Estimate, Metric, Run, Values
 from stages.lib.page.run_outputs import read_run
 from tests.evaluations import write_run
 
@@ -24,7 +26,13 @@ def runs(tmp_path_factory) -> list[Run]:
     for index, loss in enumerate((0.08, 0.07, 0.08)):
         root = tmp_path_factory.mktemp("run")
         write_run(root, tuned=index + 1, loss=loss)
-        found.append(read_run(DirFileSystem(root.as_posix(), target_protocol="file"), f"run {index}"))
+        found.append(
+            read_run(
+                DirFileSystem(root.as_posix(), target_protocol="file"),
+                f"run {index}",
+                PictureFiles(root / "page.html"),
+            )
+        )
     return found
 
 
@@ -101,3 +109,15 @@ def test_few_samples_have_no_interval(runs):
 def test_one_run_has_nothing_to_compare(runs):
     assert changes_from_first(runs[:1]) == {}
     assert changes_from_first([]) == {}
+
+
+def test_shares_have_the_interval_of_a_difference_of_shares():
+    """Where nothing differs the interval is no point: another hundred pictures might differ."""
+    zeros = tuple(float(number == 0) for number in range(64))
+    values = Values(tuple(map(str, range(64))), zeros, zeros)
+    none = Estimate(None, None, None)
+    share = Metric("memorised_share", "", "lower", none, none, Estimate(0.0, None, None), none, "", values)
+    options = {"bootstrap_seed": 0, "bootstrap_resamples": 1000, "bootstrap_level": 0.95}
+    found = comparison._change(share, share, options)
+    assert found.value == 0.0
+    assert found.low < -0.01 and found.high > 0.01

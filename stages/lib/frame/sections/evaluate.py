@@ -42,6 +42,4 @@ class Evaluate(Section):
     )
     bootstrap_resamples: Annotated[Whole, Ge(100)] = Field(description="resamples behind each interval")
     bootstrap_level: Annotated[Number, Gt(0), Lt(1)] = Field(description="confidence of an interval, 0 to 1")
-    bootstrap_seed: Annotated[Whole, Ge(0)] = Field(
-        description="of the resamples, and of the jackknife's groups"
-    )
+    bootstrap_seed: Annotated[Whole, Ge(0)] = Field(description="of the resamples")
