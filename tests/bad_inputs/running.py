@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 import logging
@@ -61,7 +63,7 @@ def make_project(root: Path, case: Case) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     (root / INPUT).mkdir()
     source = case.make(root / INPUT)
-    document = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    document = copy.deepcopy(_params())
     shown = str(source.relative_to(root)) if source.is_relative_to(root) else str(source)
     document["prepare"] |= {
         "source": shown,
@@ -72,6 +74,11 @@ def make_project(root: Path, case: Case) -> Path:
     (root / "params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     (root / "dvc.yaml").write_bytes((REPOSITORY / "dvc.yaml").read_bytes())
     return source
+
+
+@functools.cache
+def _params() -> dict[str, dict[str, object]]:
+    return yaml.safe_load((REPOSITORY / "params.yaml").read_text())
 
 
 def tree_of(root: Path) -> dict[str, str]:
@@ -248,6 +255,8 @@ def _run_and_exit(root: Path, log: Path) -> NoReturn:
     logging.getLogger().handlers.clear()
     os.chdir(root)
     os.environ["SD_WORK"] = str(root / ".work")
+    # Half of a case is reading YAML, which libyaml does in a tenth of the time.
+    yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     status = 1
     try:
         run_stage("prepare", ("prepare",), prepare.main)
