@@ -17,8 +17,8 @@ from tests.checkpoints import tiny_pipeline  # noqa: E402
 from tests.clips import bundled_clip  # noqa: E402
 from tests.conftest import CAPTIONS, SMALL, draw_image  # noqa: E402
 
-STAGES = ("fetch_base", "prepare", "tokenize", "encode_captions", "encode_images", "train", "baseline",
-          "evaluate", "report", "gallery")  # fmt: skip
+STAGES = ("fetch_base", "prepare", "tokenize", "encode_captions", "encode_images", "train", "invert",
+          "baseline", "evaluate", "report", "gallery")  # fmt: skip
 MODULE_OF = {stage: f"stages.{stage}" for stage in STAGES} | {"tokenize": "stages.tokenize_captions"}
 
 

@@ -19,7 +19,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageDraw
 
-from stages import encode_captions, encode_images, fetch_base, prepare, tokenize_captions, train
+from stages import encode_captions, encode_images, fetch_base, invert, prepare, tokenize_captions, train
 from stages.lib.core.sums import write_sums
 from stages.lib.frame.params import Params, read_params
 from stages.lib.frame.sections.section import Section
@@ -105,11 +105,12 @@ def enter(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_encoders(params: Params) -> None:
-    """All stages between the pairs and training."""
+    """All stages between the pairs and training, and the one that learns a word where it is asked for."""
     prepare.main(params)
     tokenize_captions.main(params)
     encode_captions.main(params)
     encode_images.main(params)
+    invert.main(params)
 
 
 @pytest.fixture
