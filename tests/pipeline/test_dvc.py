@@ -191,15 +191,15 @@ def test_each_change_reruns_exactly_the_stages_that_depend_on_it(repository):
     params["encode_images"]["horizontal_flip"] = True
     write(repository, params)
     assert repro(repository) == {
-        "encode_images", "train", "baseline", "evaluate", "report", "gallery", "export",
+        "encode_images", "train", "invert", "baseline", "evaluate", "report", "gallery", "export",
     }  # fmt: skip
 
     samples = read_captions(repository / "data/pairs/captions.parquet")
     held_out = next(sample.sample_id for sample in samples if sample.split == "validation")
     (repository / "images" / held_out).with_suffix(".txt").write_text("a red heart")
     assert repro(repository) == {
-        "prepare", "tokenize", "encode_captions", "train", "baseline", "evaluate", "report", "gallery",
-        "export",
+        "prepare", "tokenize", "encode_captions", "train", "invert", "baseline", "evaluate", "report",
+        "gallery", "export",
     }  # fmt: skip
 
 
@@ -223,7 +223,7 @@ def test_each_edit_of_code_or_of_a_statistic_concerns_only_what_uses_it(reposito
 
     params["evaluate"]["bootstrap_level"] = 0.9
     write(repository, params)
-    assert repro(repository) == {"report", "gallery"}
+    assert repro(repository) == {"report", "gallery", "export"}
 
     append(lib / "page/templates/page.css", "/* a remark */\n")
     assert repro(repository) == {"gallery"}
@@ -231,7 +231,9 @@ def test_each_edit_of_code_or_of_a_statistic_concerns_only_what_uses_it(reposito
     append(lib / "evaluation/intervals.py", "# a remark\n")
     assert changed(repository) == {"report"}
     append(lib / "models/origins.py", "# a remark\n")
-    assert changed(repository) == {"report", "fetch_base", "tokenize", "encode_captions", "encode_images"}
+    assert changed(repository) == {
+        "report", "fetch_base", "tokenize", "encode_captions", "encode_images", "invert",
+    }  # fmt: skip
 
 
 @pytest.mark.slow
