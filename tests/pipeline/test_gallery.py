@@ -38,8 +38,7 @@ from stages.lib.page.lineage import read_weights_lineage
 from stages.lib.page.metric_lines import verdict
 from stages.lib.page.pictures import PictureFiles
 from stages.lib.page.run import Curve, Estimate
-from stages.lib.page.run_outputs import UNUSED
-from stages.lib.page.run_outputs import read_run
+from stages.lib.page.run_outputs import UNUSED, read_run
 from tests.browser import headless_browser
 from tests.conftest import REPOSITORY
 from tests.evaluations import PROMPTS, metric, seal_run, write_lock, write_run
