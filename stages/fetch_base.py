@@ -37,15 +37,9 @@ from stages.lib.models.layout import (
     scaling_factor,
     write_pipeline_index,
 )
-from stages.lib.models.origins import (
-    CLIP_L,
-    PRESETS,
-    HubOrigin,
-    Origin,
-    listed_directory,
-    open_origin,
-)
+from stages.lib.models.origins import HubOrigin, Origin, listed_directory, open_origin
 from stages.lib.models.pipeline_index import pipeline_problems, read_pipeline_index
+from stages.lib.models.presets import CLIP_L, repository_of
 from stages.lib.models.published_names import write_published_names
 from stages.lib.models.single_files.conversion import convert_checkpoint, convert_vae
 from stages.lib.models.single_files.kinds import checkpoint_kind, open_single_file
@@ -121,10 +115,10 @@ def fetch(options: FetchBase) -> None:
 
 def open_base(options: FetchBase) -> Origin:
     """Where the base comes from; a single file is converted first."""
-    if options.preset is not None:
-        return open_origin("hub", None, *PRESETS[options.preset])
+    if repository := repository_of(options):
+        return open_origin("hub", None, *repository)
     if options.source != "file":
-        return open_origin(options.source, options.directory, options.hub_id, options.revision)
+        return open_origin(options.source, options.directory, None, None)
     path = Path(options.file or "").expanduser()
     checkpoint_kind(path, open_single_file(path))  # before anything is downloaded
     convert_checkpoint(path, vocabulary(options), options.prediction_type, CONVERTED)

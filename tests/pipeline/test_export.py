@@ -30,8 +30,9 @@ from stages.lib.core.tensors import write_safetensors
 from stages.lib.export.adapters import check_adapters
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Params, read_params
+from stages.lib.models.presets import PRESETS
 from tests.checkpoints import edit_json, sd21_like, tiny_pipeline
-from tests.conftest import content_fingerprint, enter, run_train, write_params
+from tests.conftest import changed, content_fingerprint, enter, run_train, write_params
 from tests.evaluations import PROMPTS, seal_run, write_run
 
 EXPORT = Path("data/export")
@@ -121,6 +122,47 @@ def test_with_no_formats_the_card_is_written_alone(trained: Path) -> None:
     export.main(options())
     assert {path.name for path in EXPORT.iterdir()} == {"README.md", "grid.png", "SHA256SUMS"}
     check_sums(EXPORT, "export")
+
+
+@pytest.mark.parametrize(
+    ("base", "base_model", "said"),
+    [
+        ({"preset": "sd15"}, PRESETS["sd15"].hub_id, f"at commit `{PRESETS['sd15'].revision}`"),
+        (
+            {"source": "hub", "hub_id": "owner/name", "revision": "a" * 40},
+            "owner/name",
+            "[owner/name](https://huggingface.co/owner/name) at commit",
+        ),
+        (
+            {"source": "file", "file": "/home/me/mine.safetensors"},
+            None,
+            "`mine.safetensors`, a checkpoint in",
+        ),
+        ({"source": "directory", "directory": "/home/me/mine"}, None, "`mine`, a diffusers directory"),
+        (
+            {"vae_source": "file", "vae_file": "/home/me/vae.safetensors"},
+            None,
+            "with the VAE `vae.safetensors`",
+        ),
+    ],
+)
+def test_the_card_names_the_base_that_was_taken(
+    trained: Path, base: dict[str, str], base_model: str | None, said: str
+) -> None:
+    params = options()
+    export.main(changed(params, fetch_base=changed(params.fetch_base, **base)))
+    card = ModelCard.load(EXPORT / "README.md", ignore_metadata_errors=True)
+    assert card.data.to_dict().get("base_model") == base_model
+    assert said in card.text
+    assert "/home/me" not in card.content
+
+
+def test_what_fetch_base_notes_for_dvc_stays_out_of_the_pipeline(trained: Path) -> None:
+    edit_json(Path("data/base/model_index.json"), _text_encoder_2_sha256="0" * 64)
+    write_sums(Path("data/base"))
+    export.main(options(formats=["pipeline"]))
+    index = json.loads((EXPORT / "pipeline" / "model_index.json").read_text())
+    assert [name for name in index if name.startswith("_")] == ["_class_name"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

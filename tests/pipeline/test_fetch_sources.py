@@ -14,7 +14,7 @@ from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import Params, read_params
 from stages.lib.frame.sections.fetch_base import FetchBase
 from stages.lib.frame.sections.section import read_section
-from stages.lib.models import loaders, origins
+from stages.lib.models import loaders, presets
 from stages.lib.models.layout import check_base
 from tests.checkpoints import CLIP_VOCAB_SIZE, tiny_pipeline, write_tokenizer
 from tests.clips import bundled_clip
@@ -90,7 +90,7 @@ def test_a_vae_of_another_form_is_refused_by_its_own_name(small_configs: None, w
 
 def test_a_preset_is_a_base_and_a_clip(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(work / "hub", monkeypatch) as hub:
-        monkeypatch.setitem(origins.PRESETS, "sd15", ("owner/model", COMMIT))
+        monkeypatch.setitem(presets.PRESETS, "sd15", presets.PublishedModel("owner/model", COMMIT))
         monkeypatch.setattr(fetch_base, "CLIP_L", ("owner/clip", COMMIT))
         hub.add("models/owner/model", tiny_pipeline(work / "source"))
         hub.add("models/owner/clip", bundled_clip(work / "clip"))
@@ -101,7 +101,7 @@ def test_a_preset_is_a_base_and_a_clip(work: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_presets_are_commits() -> None:
-    for hub_id, revision in [*origins.PRESETS.values(), origins.CLIP_L]:
+    for hub_id, revision in [*presets.PRESETS.values(), presets.CLIP_L]:
         assert hub_id.count("/") == 1 and len(revision) == 40 and int(revision, 16)
 
 

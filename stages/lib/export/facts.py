@@ -19,6 +19,7 @@ from stages.lib.export.whole_pipeline import is_rescaled, sampling_scheduler
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import FetchBase, Params, Prepare
 from stages.lib.models.adapter_files import has_adapters
+from stages.lib.models.presets import repository_of
 
 _LOCK = Path("dvc.lock")
 # In the order in which they run. What was made of the weights afterwards is no part of their lineage.
@@ -113,9 +114,10 @@ def read_facts(params: Params) -> Facts:
     weights = _weights_metadata()
     scheduler = sampling_scheduler(TRAINED_UNET)
     lineage, problem = _lineage()
+    repository = repository_of(params.fetch_base)
     return Facts(
         base=_base(params.fetch_base),
-        base_id=params.fetch_base.hub_id if params.fetch_base.source == "hub" else None,
+        base_id=repository.hub_id if repository else None,
         vae=_vae(params.fetch_base),
         data=_data(params.prepare),
         data_id=params.prepare.hub_id,
@@ -148,9 +150,12 @@ def read_facts(params: Params) -> Facts:
 
 
 def _base(options: FetchBase) -> str:
-    if options.source == "hub":
-        return f"[{options.hub_id}](https://huggingface.co/{options.hub_id}) at commit `{options.revision}`"
-    return f"`{Path(str(options.directory)).name}`, a diffusers directory"  # no path of a user's machine
+    if repository := repository_of(options):
+        hub_id, revision = repository
+        return f"[{hub_id}](https://huggingface.co/{hub_id}) at commit `{revision}`"
+    if options.source == "file":  # no path of a user's machine here and below
+        return f"`{Path(str(options.file)).name}`, a checkpoint in one file"
+    return f"`{Path(str(options.directory)).name}`, a diffusers directory"
 
 
 def _vae(options: FetchBase) -> str | None:
@@ -158,7 +163,8 @@ def _vae(options: FetchBase) -> str | None:
         return (
             f"[{options.vae_hub_id}](https://huggingface.co/{options.vae_hub_id}) at `{options.vae_revision}`"
         )
-    return f"`{Path(str(options.vae_directory)).name}`" if options.vae_source == "directory" else None
+    place = {"directory": options.vae_directory, "file": options.vae_file}.get(options.vae_source)
+    return None if place is None else f"`{Path(place).name}`"
 
 
 def _data(options: Prepare) -> str:

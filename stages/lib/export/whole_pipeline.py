@@ -34,6 +34,7 @@ def write_pipeline(directory: Path, base: Path, unet: Path, dtype: torch.dtype) 
     scheduler = sampling_scheduler(unet)
     index["scheduler"] = ["diffusers", scheduler.get("_class_name", index["scheduler"][1])]
     directory.mkdir(parents=True)
+    index = {name: value for name, value in index.items() if name == "_class_name" or name[0] != "_"}
     for name, value in sorted(index.items()):
         if not isinstance(value, list) or value[0] is None:
             continue

