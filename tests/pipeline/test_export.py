@@ -134,13 +134,13 @@ def test_with_no_formats_the_card_is_written_alone(trained: Path) -> None:
             "[owner/name](https://huggingface.co/owner/name) at commit",
         ),
         (
-            {"source": "file", "file": "/home/me/mine.safetensors"},
+            {"source": "file", "file": "/home/u/mine.safetensors"},
             None,
             "`mine.safetensors`, a checkpoint in",
         ),
-        ({"source": "directory", "directory": "/home/me/mine"}, None, "`mine`, a diffusers directory"),
+        ({"source": "directory", "directory": "/home/u/mine"}, None, "`mine`, a diffusers directory"),
         (
-            {"vae_source": "file", "vae_file": "/home/me/vae.safetensors"},
+            {"vae_source": "file", "vae_file": "/home/u/vae.safetensors"},
             None,
             "with the VAE `vae.safetensors`",
         ),
@@ -154,7 +154,7 @@ def test_the_card_names_the_base_that_was_taken(
     card = ModelCard.load(EXPORT / "README.md", ignore_metadata_errors=True)
     assert card.data.to_dict().get("base_model") == base_model
     assert said in card.text
-    assert "/home/me" not in card.content
+    assert "/home/u" not in card.content
 
 
 def test_what_fetch_base_notes_for_dvc_stays_out_of_the_pipeline(trained: Path) -> None:

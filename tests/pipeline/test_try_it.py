@@ -16,6 +16,7 @@ from PIL import Image
 from stages.lib.evaluation.measuring.rendering import Request, Setting, load_renderer, render
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import read_params
+from stages.lib.models.trained import load_trained_unet
 from stages.lib.trial.page import build_page
 from stages.lib.trial.studio import Wish, open_studio
 from tests.browser import Browser, headless_browser
@@ -113,6 +114,22 @@ def test_strength_goes_from_the_base_to_the_trained_weights_and_beyond(encoded):
         studio.pictures(changed(wish, strength=strength))
         expected = base + strength * (trained - base)
         assert (unet.state_dict()[name].double() - expected).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_snapshots_are_tried_like_the_result(encoded, lora_rank):
+    run_train(learning_rate=3e-3, lora_rank=lora_rank, snapshot_every_steps=2)
+    studio = open_studio(read_params().evaluate)
+    assert list(studio.choices) == ["fine-tuned", "step 2", "step 4", "step 6"]
+    wish = Wish(PROMPT, "", 0, 1, 1.0, 1.0, "step 2")
+    studio.pictures(wish)
+    expected = load_trained_unet(Path("data/base"), Path("data/snapshots/step-000002")).state_dict()
+    found = studio.renderer.pipeline.unet.state_dict()
+    assert all(found[name].equal(value) for name, value in expected.items())
+    studio.pictures(changed(wish, weights="fine-tuned"))
+    assert not all(found[name].equal(value) for name, value in expected.items())
+    with pytest.raises(StageError, match=r"expected weights of fine-tuned, step 2, .*got 'step 3'"):
+        studio.pictures(changed(wish, weights="step 3"))
 
 
 def test_without_gradio_the_command_to_install_it_is_told(tmp_path, monkeypatch):
