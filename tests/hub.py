@@ -88,15 +88,24 @@ def serving(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     hub = Hub(f"http://127.0.0.1:{server.server_port}", cache)
     server.hub = hub  # type: ignore[attr-defined]
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + _URL_TEMPLATE)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    with answering(server, hub.endpoint, cache, monkeypatch):
+        yield hub
+
+
+@contextlib.contextmanager
+def answering(
+    server: http.server.ThreadingHTTPServer, endpoint: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Within the block a server answers, and it is the Hub for `huggingface_hub` of this process."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(cache / "agent_harnesses.json"))
+    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(home / "agent_harnesses.json"))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
-        yield hub
+        yield
     finally:
         server.shutdown()
         server.server_close()

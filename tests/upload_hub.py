@@ -7,16 +7,16 @@ import contextlib
 import hashlib
 import http.server
 import json
-import threading
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
+
+from tests.hub import answering
 
 TOKEN = "hf_of_this_test"
 LARGE = 5000  # bytes; what is smaller travels in the commit
@@ -48,21 +48,12 @@ def taking_uploads(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Uplo
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     hub = UploadHub(f"http://127.0.0.1:{server.server_port}")
     server.hub = hub  # type: ignore[attr-defined]
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(home / "agent_harnesses.json"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
+    with answering(server, hub.endpoint, home, monkeypatch):
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        huggingface_hub.close_session()
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

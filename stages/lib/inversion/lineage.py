@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,10 +15,9 @@ from stages.lib.encoding.conditioning import Conditioning
 from stages.lib.encoding.latents import Latents
 from stages.lib.frame.params import Params
 from stages.lib.frame.sections.invert import Invert
-from stages.lib.models.layout import read_config
 from stages.lib.models.weights import component_fingerprint
 from stages.lib.training.checkpoints import Resumed
-from stages.lib.training.lineage import passed_through
+from stages.lib.training.lineage import lineage_of_inputs, passed_through
 
 # Of `invert`: when something is looked at or kept.
 CHANGES_NO_VECTOR = frozenset({"checkpoint_every_steps", "log_every_steps", "validation_every_steps"})
@@ -41,12 +39,8 @@ def lineage_of(
         code: hash of the code that computes.
     """
     return {
+        **lineage_of_inputs(BASE, samples, latents, conditioning),
         "base_text_encoder": component_fingerprint(BASE / "text_encoder"),
-        "base_unet": component_fingerprint(BASE / "unet"),
-        "scheduler": fingerprint(read_config(BASE / "scheduler" / "scheduler_config.json")),
-        "latents": latents.fingerprint,
-        "captions": conditioning.fingerprint,
-        "pairs": fingerprint([dataclasses.astuple(sample) for sample in samples]),
         "params": json.dumps({"invert": determining_params(params.invert)}, sort_keys=True),
         "validation": fingerprint(vars(params.validation)),  # of the curves, which are kept beside
         "code": code,

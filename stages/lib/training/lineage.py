@@ -76,14 +76,23 @@ def lineage_of(
         code: hash of the code that computes, see `code_identity`.
     """
     return {
+        **lineage_of_inputs(base, samples, latents, conditioning),
+        "prediction_type": prediction_type,
+        "params": json.dumps(determining_params(params), sort_keys=True),
+        "code": code,
+    }
+
+
+def lineage_of_inputs(
+    base: Path, samples: Sequence[SampleCaptions], latents: Latents, conditioning: Conditioning
+) -> dict[str, str]:
+    """Of what is learned from: the base's UNet and schedule, and the data set."""
+    return {
         "base_unet": component_fingerprint(base / "unet"),
         "scheduler": fingerprint(read_config(base / "scheduler" / "scheduler_config.json")),
-        "prediction_type": prediction_type,
         "latents": latents.fingerprint,
         "captions": conditioning.fingerprint,
         "pairs": fingerprint([dataclasses.astuple(sample) for sample in samples]),
-        "params": json.dumps(determining_params(params), sort_keys=True),
-        "code": code,
     }
 
 

@@ -8,8 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import BeforeValidator, Field
 
-from stages.lib.frame.sections.section import Number, OneOrSeveral, Section, Text, Whole, check
-from stages.lib.frame.sections.train import _no_is_text
+from stages.lib.frame.sections.section import Number, OneOrSeveral, Section, Text, Whole, check, no_is_text
 
 OWN = "own"
 
@@ -42,7 +41,7 @@ class Invert(Section):
     mask_floor: Annotated[Number, Ge(0), Le(1)] = Field(
         description="weight of the loss where an image's mask is 0, used with masks; 1 ignores them"
     )
-    mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(_no_is_text)] = Field(
+    mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(no_is_text)] = Field(
         description="no | bf16: arithmetic of the forward and backward pass"
     )
     log_every_steps: Annotated[Whole, Ge(1)] = Field(

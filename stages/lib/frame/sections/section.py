@@ -53,6 +53,11 @@ def _number(value: Any) -> Any:
     return value if isinstance(value, int) else number
 
 
+def no_is_text(value: object) -> object:
+    """``no`` as it was meant: `dvc exp run -S` leaves out the quotes, and YAML 1.1 reads it as false."""
+    return "no" if value is False else value
+
+
 def _without_null(value: str) -> str:
     if "\0" in value:
         raise ValueError("holds a null byte")

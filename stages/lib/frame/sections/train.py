@@ -18,14 +18,10 @@ from stages.lib.frame.sections.section import (
     Text,
     Whole,
     check,
+    no_is_text,
 )
 
 POLYNOMIAL_END = 1e-7  # learning rate that diffusers' polynomial schedule ends with
-
-
-def _no_is_text(value: object) -> object:
-    # `dvc exp run -S` rewrites the file without quotes, and YAML 1.1 reads no as false.
-    return "no" if value is False else value
 
 
 class ModuleRank(Entry):
@@ -120,7 +116,7 @@ class Train(Section):
     lora_target_modules: OneOrSeveral[Text] = Field(
         description="ends of the names of modules with an adapter, or a preset"
     )
-    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no_is_text)] = Field(
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(no_is_text)] = Field(
         description="no | bf16 | fp16: arithmetic of the forward and backward pass"
     )
     allow_tf32: Flag = Field(description="TF32 for float32 matrices and convolutions on a GPU")
