@@ -18,7 +18,6 @@ from PIL import Image
 from stages.lib.core.files import fresh_directory, write_text
 from stages.lib.core.paths import BASE, EXPORT, EXPORTED_PIPELINE, MODEL_CARD, TRAINED_UNET
 from stages.lib.core.sums import check_sums, write_sums
-from stages.lib.export.adapters import check_adapters, write_lora_diffusers, write_lora_kohya
 from stages.lib.export.components import DTYPES
 from stages.lib.export.facts import Facts, read_facts
 from stages.lib.export.model_card import GRID, Files, file_stem, model_card
@@ -28,8 +27,7 @@ from stages.lib.export.whole_pipeline import sampling_scheduler, write_pipeline
 from stages.lib.frame.inputs import remove
 from stages.lib.frame.params import Params
 from stages.lib.frame.run import run_stage
-from stages.lib.models.adapter_files import LORA_WEIGHTS
-from stages.lib.models.layout import check_base
+from stages.lib.models.layout import LORA_WEIGHTS, check_base
 
 
 def main(params: Params) -> None:
@@ -52,6 +50,8 @@ def check_formats(formats: tuple[str, ...]) -> None:
     """Raise StageError before anything is written if this run has not what a format needs."""
     for name in formats:
         if name.startswith("lora_"):
+            from stages.lib.export.adapters import check_adapters  # loads torch, which a card does without
+
             check_adapters(TRAINED_UNET, name)
     if "single_file" in formats:
         check_prediction(sampling_scheduler(TRAINED_UNET))
@@ -60,6 +60,8 @@ def check_formats(formats: tuple[str, ...]) -> None:
 def write_models(params: Params, facts: Facts, directory: Path) -> Files:
     """Write each format into ``directory``; the names of what was written."""
     import torch
+
+    from stages.lib.export.adapters import write_lora_diffusers, write_lora_kohya
 
     options = params.export
     dtype = getattr(torch, options.dtype)

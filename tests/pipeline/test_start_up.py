@@ -40,6 +40,7 @@ def libraries_after(code: str) -> set[str]:
         ("tokenize_captions", {"transformers"}),
         ("encode_captions", {"torch"}),
         ("encode_images", {"torch"}),
+        ("invert", set()),
     ],
 )
 def test_a_stage_with_nothing_to_encode_loads_no_model_library(encoded, stage, expected):
@@ -68,6 +69,7 @@ def test_a_report_needs_no_model_library_and_takes_another_level(encoded):
     pictures = {path: path.stat().st_mtime_ns for path in Path("data/evaluation").rglob("*.png")}
     write_params(prepare=halved, evaluate={"bootstrap_level": 0.5})
     assert libraries_of("report") == {"torch"}
+    assert libraries_of("export") == set()  # which writes the card alone
     second = json.loads(Path("data/evaluation/metrics.json").read_text())
     name = "tuned_validation_loss"
     assert second[name] == first[name]

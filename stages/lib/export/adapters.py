@@ -10,7 +10,8 @@ from stages.lib.core.tensors import checked_metadata, read_header, write_in_part
 from stages.lib.export.components import trained_unet_config
 from stages.lib.export.kohya_keys import kohya_metadata, kohya_tensors
 from stages.lib.frame.errors import StageError
-from stages.lib.models.adapter_files import LORA_WEIGHTS, has_adapters, read_adapters
+from stages.lib.models.adapter_files import read_adapters
+from stages.lib.models.layout import LORA_WEIGHTS, has_adapters
 
 if TYPE_CHECKING:
     import torch

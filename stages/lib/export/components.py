@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.lib.core.files import read_json
-from stages.lib.models.trained import load_trained_unet
 from stages.lib.models.weights import weight_files
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ def trained_unet_tensors(base: Path, unet: Path) -> Mapping[str, torch.Tensor]:
         base: directory of the base model.
         unet: directory of the weights, or of adapters alone.
     """
+    from stages.lib.models.trained import load_trained_unet  # loads torch, which a card does without
+
     tensors: Mapping[str, torch.Tensor] = load_trained_unet(base, unet).state_dict()
     return tensors
 

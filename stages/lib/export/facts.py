@@ -18,7 +18,7 @@ from stages.lib.core.tensors import checked_metadata, read_header
 from stages.lib.export.whole_pipeline import is_rescaled, sampling_scheduler
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import FetchBase, Params, Prepare
-from stages.lib.models.adapter_files import has_adapters
+from stages.lib.models.layout import has_adapters
 from stages.lib.models.presets import repository_of
 
 _LOCK = Path("dvc.lock")

@@ -16,14 +16,13 @@ from stages.lib.core.files import read_json, write_json
 from stages.lib.core.tensors import checked_metadata, read_header, write_safetensors
 from stages.lib.frame.errors import StageError
 from stages.lib.models.adapters import NAME, layers_of, peft_config
+from stages.lib.models.layout import LORA_WEIGHTS, PEFT_WEIGHTS
 
 if TYPE_CHECKING:
     import torch
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from peft import PeftConfig
 
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 _DIFFUSERS_PREFIX, _PEFT_PREFIX = "unet.", "base_model.model."
 _DIFFUSERS_CONFIG = "lora_adapter_metadata"
@@ -115,11 +114,6 @@ def save_adapters(state: AdapterState, path: Path) -> None:
         "target_modules": list(state.target_modules),
     }
     write_json(path / PEFT_CONFIG, config)
-
-
-def has_adapters(directory: Path) -> bool:
-    """Whether a directory of weights holds adapters in the UNet's place."""
-    return any((directory / name).exists() for name in (LORA_WEIGHTS, PEFT_WEIGHTS))
 
 
 def read_adapters(directory: Path) -> AdapterState:

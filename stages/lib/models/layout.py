@@ -34,6 +34,8 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the names that diffusers and peft look for
+PEFT_WEIGHTS = "adapter_model.safetensors"
 # What diffusers and transformers assume where a config leaves a key out.
 _DEFAULT_LATENT_CHANNELS = 4
 _DEFAULT_VAE_CONFIG = {
@@ -113,6 +115,11 @@ def check_base(base: Path) -> None:
         check_component(base, name)
     if (base / CLIP).is_dir():  # whether it has to be there, the base's own hashes say
         check_component(base, CLIP)
+
+
+def has_adapters(directory: Path) -> bool:
+    """Whether a directory of weights holds adapters in the UNet's place."""
+    return any((directory / name).exists() for name in (LORA_WEIGHTS, PEFT_WEIGHTS))
 
 
 def component_directory(base: Path, name: str) -> Path:

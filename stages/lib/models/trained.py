@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stages.lib.frame.errors import StageError
-from stages.lib.models.adapter_files import AdapterState, has_adapters, read_adapters
+from stages.lib.models.adapter_files import AdapterState, read_adapters
 from stages.lib.models.adapters import NAME, merge
+from stages.lib.models.layout import has_adapters
 from stages.lib.models.loaders import load_unet, load_unet_in
 from stages.lib.models.weights import component_fingerprint
 

@@ -15,15 +15,13 @@ from safetensors.torch import load_file, save_file
 from stages.lib.frame.errors import StageError
 from stages.lib.frame.params import read_params
 from stages.lib.models.adapter_files import (
-    LORA_WEIGHTS,
     PEFT_CONFIG,
-    PEFT_WEIGHTS,
     read_adapters,
     save_adapters,
     state_of,
 )
 from stages.lib.models.adapters import Adapters, Strength, add_adapters
-from stages.lib.models.layout import write_pipeline_index
+from stages.lib.models.layout import LORA_WEIGHTS, PEFT_WEIGHTS, write_pipeline_index
 from stages.lib.models.loaders import load_unet
 from stages.lib.models.trained import load_trained_unet
 from stages.lib.models.weights import component_fingerprint
